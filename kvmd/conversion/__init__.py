@@ -1,0 +1,1 @@
+"""The rules of conversion, as plain classes without I/O."""

@@ -1,0 +1,495 @@
+"""The rules of conversion: requests in; changes to make, and answers, out. No I/O, no clock, no threads.
+
+The caller (``kvmd.conversion_service``, or a test that plays a script) turns this handle::
+
+    rules.submit(ticket)                      # any number of them, at any time
+    while change := rules.next_change():      # decides; answers what needs no change
+        ...                                   # make it: discard_first, apply
+        rules.commit(change, end)             # what was applied is the state now
+        ...                                   # discard the side left behind
+        rules.finish(change, failure, leaked) # decides who is answered
+    rules.take_settled()                      # after each call above: tickets with their answers
+
+At most one change is being made at any time; that is what serialises the machine's vCPUs. A large request is
+made in chunks, and between two of them the smaller requests of other vCPUs have their turn.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, Outcome
+from kvmd.memory.page_state import PageStateMap
+from kvmd.memory.range_set import RangeSet
+from kvmd.ranges import GPA_LIMIT, GpaRange, PageState
+from kvmd.stop import Stop, StopReason
+from kvmd.units import MIB, PAGE_MASK, format_size, page_ceil, page_floor
+
+SHORT_TURNS = 8
+"""Requests that fit in one chunk and may go before the next chunk of a longer one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a guest may ask of the host.
+
+    Attributes:
+        chunk_bytes: the most memory that one change converts, in bytes.
+        no_progress: how often the same fault may come back with nothing changed before the machine stops.
+        segments: the most intervals of page state: a guest that alternates pages pays with an error, not the
+            host with memory.
+    """
+
+    chunk_bytes: int = 2 * MIB
+    no_progress: int = 8
+    segments: int = 65536
+
+
+class Ticket:
+    """One request on its way, and its answer once it is settled.
+
+    Attributes:
+        request: what was asked.
+        answer: None until settled.
+        came_from: the state before, or None where the range had several or none.
+        merged: how many requests the change answered, 0 where there was none.
+    """
+
+    __slots__ = ("answer", "came_from", "merged", "range", "request")
+
+    def __init__(self, request: ConversionRequest) -> None:
+        self.request = request
+        self.answer: Answer | None = None
+        self.came_from: PageState | None = None
+        self.merged = 0
+        self.range: GpaRange | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change to make, of at most a chunk.
+
+    Attributes:
+        range: the pages; the first and the last of them change, some between may be in the state already.
+        to: the state.
+        explicit: by hypercall.
+        discard_first: pages whose side that becomes live still holds old contents: they are discarded before
+            it does, or the change fails.
+        tickets: who asked, first come first.
+    """
+
+    range: GpaRange
+    to: PageState
+    explicit: bool
+    discard_first: tuple[GpaRange, ...]
+    tickets: tuple[Ticket, ...]
+
+
+class FailureKind(enum.Enum):
+    """Why a change could not be made, or only in part."""
+
+    SLOTS = "memslots-exhausted"
+    DISCARD_FIRST = "discard-failed"
+    REFUSED = "backend-failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a change could not be made in whole.
+
+    Attributes:
+        kind: what the answer depends on.
+        message: one line for the log, with the error number.
+    """
+
+    kind: FailureKind
+    message: str
+
+
+@dataclass(slots=True)
+class _Work:
+    """Requests that one run of changes answers together."""
+
+    range: GpaRange
+    to: PageState
+    explicit: bool
+    tickets: list[Ticket]
+    cursor: int = 0
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The last answer to a fault of one vCPU, to notice that the same fault comes back."""
+
+    gpa: int = -1
+    to: PageState = PageState.PRIVATE
+    generation: int = -1
+    count: int = 0
+
+
+@dataclass(slots=True)
+class _Leaks:
+    """Pages whose dead side could not be discarded, by side."""
+
+    sides: dict[PageState, RangeSet] = field(
+        default_factory=lambda: {PageState.PRIVATE: RangeSet(), PageState.SHARED: RangeSet()}
+    )
+
+
+class ConversionRules:
+    """Decides on every conversion of one machine.
+
+    Args:
+        state: the state of the machine's pages; only these rules change it.
+        pinned: pages that never change their state, or None.
+        limits: what a guest may ask.
+    """
+
+    def __init__(self, state: PageStateMap, *, pinned: GpaRange | None, limits: Limits) -> None:
+        self.state = state
+        self.sequence = 0
+        self._pinned = pinned
+        self._limits = limits
+        self._pending: deque[Ticket] = deque()
+        self._short: deque[_Work] = deque()
+        self._long: deque[_Work] = deque()
+        self._turns = SHORT_TURNS
+        self._current: _Work | None = None
+        self._settled: list[Ticket] = []
+        self._seen: dict[int, _Seen] = {}
+        self._leaks = _Leaks()
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def submit(self, ticket: Ticket) -> None:
+        """Take a request. It is looked at when its turn comes, since what is true now may not be then."""
+        ticket.range = _page_range(ticket.request)
+        self._pending.append(ticket)
+
+    def take_settled(self) -> list[Ticket]:
+        """Return the tickets that were answered since the last call, in the order of their answers."""
+        settled, self._settled = self._settled, []
+        return settled
+
+    def fail_all(self, stop: Stop) -> None:
+        """Answer all that is waiting with ``stop``: the machine is being torn down."""
+        works = [*self._short, *self._long]
+        if self._current is not None:
+            works.append(self._current)
+        for ticket in [ticket for work in works for ticket in work.tickets] + list(self._pending):
+            self._settle(ticket, Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=stop))
+        for queue in (self._pending, self._short, self._long):
+            queue.clear()
+        self._current = None
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether ``next_change`` has anything to decide on."""
+        return bool(self._pending or self._short or self._long)
+
+    # -- changes -------------------------------------------------------------------------------------------
+
+    def next_change(self) -> Change | None:
+        """Decide what comes next: answer what needs no change, and return the change to make, if any.
+
+        Raises:
+            RuntimeError: the last change was not finished: a bug of the caller's.
+        """
+        if self._current is not None:
+            raise RuntimeError("the change before this one was not finished")
+        if self._pending:
+            self._admit()
+        while self._short or self._long:
+            work = self._take_turn()
+            change = self._next_chunk(work)
+            if change is not None:
+                self._current = work
+                return change
+            self._complete(work)
+        return None
+
+    def commit(self, change: Change, end: int) -> GpaRange | None:
+        """Record that the pages of the change below ``end`` are in their new state.
+
+        Returns the range that was applied, whose other side is to be discarded now; None if it is empty.
+        """
+        if end <= change.range.start:
+            return None
+        applied = GpaRange(change.range.start, end)
+        self.sequence += 1
+        self.state.set(applied, change.to, self.sequence, explicit=change.explicit)
+        return applied
+
+    def finish(self, change: Change, failure: Failure | None = None, leaked: Iterable[GpaRange] = ()) -> None:
+        """Take the outcome of the change: who is answered now, and what is done next.
+
+        Args:
+            change: the one that ``next_change`` returned last.
+            failure: why it, or its rest, could not be made; None where it was.
+            leaked: pages whose side left behind could not be discarded.
+        """
+        work, self._current = self._current, None
+        for range_ in leaked:
+            self._leaks.sides[change.to.opposite].add(range_)
+        if work is None:
+            return  # everybody was answered meanwhile: see fail_all
+        if failure is not None:
+            self._fail(work, failure)
+            return
+        work.cursor = change.range.end
+        if work.cursor < work.range.end:
+            self._long.append(work)
+        else:
+            self._complete(work)
+
+    # -- leaks ---------------------------------------------------------------------------------------------
+
+    @property
+    def leaked_bytes(self) -> int:
+        """Bytes that are held although their side is dead."""
+        return sum(ranges.size_bytes for ranges in self._leaks.sides.values())
+
+    def leaks(self) -> list[tuple[PageState, GpaRange]]:
+        """Return the dead sides that are still to be discarded; report each that was by ``discarded``."""
+        return [(side, range_) for side, ranges in self._leaks.sides.items() for range_ in ranges]
+
+    def discarded(self, side: PageState, range_: GpaRange) -> None:
+        """Record that the side's leaked pages in ``range_`` are discarded by now."""
+        self._leaks.sides[side].remove(range_)
+
+    # -- admission: from pending to work -------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Answer or make work of every pending request that no earlier one on its pages holds up."""
+        held: list[Ticket] = []
+        pending, self._pending = self._pending, deque()
+        while pending:
+            ticket = pending.popleft()
+            range_ = ticket.range
+            if range_ is None or not ticket.request.valid:
+                self._refuse(ticket)
+            elif self._is_held(range_, held):
+                held.append(ticket)
+            elif self._needs_change(ticket, range_):
+                self._start(ticket, range_, pending, held)
+        self._pending = deque(held)
+
+    def _is_held(self, range_: GpaRange, held: list[Ticket]) -> bool:
+        if not (held or self._short or self._long):
+            return False
+        return any(work.range.overlaps(range_) for queue in (self._short, self._long) for work in queue) or any(
+            ticket.range is not None and ticket.range.overlaps(range_) for ticket in held
+        )
+
+    def _needs_change(self, ticket: Ticket, range_: GpaRange) -> bool:
+        """Tell whether the request needs a change; answer it if not."""
+        request = ticket.request
+        if not self.state.range.contains(range_) or (self._pinned is not None and self._pinned.overlaps(range_)):
+            self._refuse(ticket)
+            return False
+        ticket.came_from = self.state.state_of(range_)
+        if ticket.came_from is request.to:
+            self._answer_spurious(ticket, range_)
+            return False
+        # An access that came as MMIO cannot be tried again: KVM has decoded it and waits for its data.
+        if (
+            request.cause is Cause.IMPLICIT
+            and request.access is None
+            and any(
+                segment.explicit_generation > request.entered_at and segment.state is not request.to
+                for segment in self.state.segments(range_)
+            )
+        ):
+            self._settle(ticket, Answer(Outcome.STALE))
+            return False
+        if not self._has_room():
+            self._fail_ticket(ticket, _STATE_EXHAUSTED)
+            return False
+        return True
+
+    def _has_room(self) -> bool:
+        """Tell whether the state may be cut twice more for each work under way and for a new one."""
+        limit = self._limits.segments - 2 * (len(self._short) + len(self._long) + 1)
+        if len(self.state) > limit:
+            self.state.compact()
+        return len(self.state) <= limit
+
+    def _start(self, ticket: Ticket, range_: GpaRange, pending: deque[Ticket], held: list[Ticket]) -> None:
+        """Make work of the ticket, together with waiting requests that adjoin it and ask the same."""
+        request = ticket.request
+        work = _Work(range_, request.to, request.cause is Cause.EXPLICIT, [ticket], range_.start)
+        if pending:
+            self._merge_pending(work, pending, held)
+        for member in work.tickets:
+            member.merged = len(work.tickets)
+        queue = self._short if work.range.size_bytes <= self._limits.chunk_bytes else self._long
+        queue.append(work)
+
+    def _merge_pending(self, work: _Work, pending: deque[Ticket], held: list[Ticket]) -> None:
+        grew = True
+        while grew:
+            grew = False
+            for position, other in enumerate(pending):
+                range_ = other.range
+                if range_ is None or not self._adjoins(work, other, range_):
+                    continue
+                earlier = [*held, *(pending[index] for index in range(position))]
+                if self._is_held(range_, earlier) or not self._needs_change(other, range_):
+                    continue
+                work.range = GpaRange(min(work.range.start, range_.start), max(work.range.end, range_.end))
+                work.cursor = work.range.start
+                work.tickets.append(other)
+                del pending[position]
+                grew = True
+                break
+            settled = [other for other in pending if other.answer is not None]
+            for other in settled:
+                pending.remove(other)
+
+    @staticmethod
+    def _adjoins(work: _Work, other: Ticket, range_: GpaRange) -> bool:
+        request = other.request
+        return (
+            request.valid
+            and other.answer is None
+            and request.to is work.to
+            and (request.cause is Cause.EXPLICIT) is work.explicit
+            and range_.touches(work.range)
+        )
+
+    # -- turns ---------------------------------------------------------------------------------------------
+
+    def _take_turn(self) -> _Work:
+        """Take the next work: short ones first, but a long one is never kept waiting for ever."""
+        if self._short and (self._turns > 0 or not self._long):
+            self._turns -= 1
+            return self._short.popleft()
+        self._turns = SHORT_TURNS
+        return self._long.popleft()
+
+    def _next_chunk(self, work: _Work) -> Change | None:
+        """Return the next change of the work, or None where nothing is left to change."""
+        if work.cursor >= work.range.end:
+            return None
+        rest = GpaRange(work.cursor, work.range.end)
+        start = self.state.first_in_state(work.to.opposite, rest)
+        if start is None:
+            return None
+        window = GpaRange(start, min(start + self._limits.chunk_bytes, work.range.end))
+        range_ = GpaRange(start, self.state.end_in_state(work.to.opposite, window))
+        leaked = self._leaks.sides[work.to]
+        return Change(range_, work.to, work.explicit, leaked.within(range_) if leaked else (), tuple(work.tickets))
+
+    # -- answers -------------------------------------------------------------------------------------------
+
+    def _settle(self, ticket: Ticket, answer: Answer) -> None:
+        ticket.answer = answer
+        self._settled.append(ticket)
+
+    def _complete(self, work: _Work) -> None:
+        for ticket in work.tickets:
+            self._note_answer(ticket)
+            self._settle(ticket, _CONVERTED)
+
+    def _note_answer(self, ticket: Ticket) -> None:
+        """Remember what a fault was answered, to know it when it comes back."""
+        request = ticket.request
+        if request.cause is not Cause.IMPLICIT or request.access is not None:
+            return
+        seen = self._seen.setdefault(request.vcpu, _Seen())
+        seen.gpa, seen.to, seen.generation, seen.count = request.gpa, request.to, self.sequence, 1
+
+    def _answer_spurious(self, ticket: Ticket, range_: GpaRange) -> None:
+        """The pages are in that state already: another vCPU was faster, or nothing will ever help."""
+        request = ticket.request
+        if request.cause is Cause.IMPLICIT and request.access is None:
+            seen = self._seen.setdefault(request.vcpu, _Seen())
+            generation = max(segment.generation for segment in self.state.segments(range_))
+            if (seen.gpa, seen.to) == (request.gpa, request.to) and generation <= seen.generation:
+                seen.count += 1
+            else:
+                seen.gpa, seen.to, seen.generation, seen.count = request.gpa, request.to, generation, 1
+            if seen.count > self._limits.no_progress:
+                self._settle(ticket, Answer(Outcome.FAILED, stop=_no_progress(request, seen.count)))
+                return
+        self._settle(ticket, _SPURIOUS)
+
+    def _refuse(self, ticket: Ticket) -> None:
+        """Nothing that can be done: a hypercall gets EINVAL and goes on, a fault cannot."""
+        request = ticket.request
+        stop = None
+        if request.cause is Cause.IMPLICIT:
+            range_ = ticket.range
+            where = f"gpa {request.gpa:#x} size {request.size_bytes:#x}, to {request.to.value}"
+            if range_ is None or not self.state.range.contains(range_):
+                stop = Stop.because(
+                    StopReason.FAULT_OUTSIDE_MEMORY,
+                    f"memory fault outside memory of {format_size(self.state.range.end)}: {where}",
+                    vcpu=request.vcpu,
+                )
+            else:
+                stop = Stop.because(
+                    StopReason.PINNED_MEMORY,
+                    f"fault for a conversion of pinned memory {self._pinned} (image, page tables, stacks, boot "
+                    f"information), which stays as it is: {where}",
+                    vcpu=request.vcpu,
+                )
+        elif ticket.range is not None and self.state.range.contains(ticket.range):
+            ticket.came_from = self.state.state_of(ticket.range)
+        self._settle(ticket, Answer(Outcome.REFUSED, GuestResult.EINVAL, stop=stop))
+
+    def _fail(self, work: _Work, failure: Failure) -> None:
+        for ticket in work.tickets:
+            # Of merged requests, those that lie in what was applied are done all the same.
+            if ticket.range is not None and self.state.state_of(ticket.range) is work.to:
+                self._note_answer(ticket)
+                self._settle(ticket, _CONVERTED)
+            else:
+                self._fail_ticket(ticket, failure)
+
+    def _fail_ticket(self, ticket: Ticket, failure: Failure) -> None:
+        """The host could not: a hypercall may try again, a fault would come back for ever."""
+        request = ticket.request
+        stop = None
+        if request.cause is Cause.IMPLICIT:
+            reason = StopReason.STATE_EXHAUSTED if failure is _STATE_EXHAUSTED else _STOP_REASON[failure.kind]
+            stop = Stop.because(
+                reason,
+                f"{failure.message}, in converting gpa {request.gpa:#x} size {request.size_bytes:#x} "
+                f"to {request.to.value}",
+                vcpu=request.vcpu,
+            )
+        self._settle(ticket, Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=stop))
+
+
+_CONVERTED = Answer(Outcome.CONVERTED)
+_SPURIOUS = Answer(Outcome.SPURIOUS)
+_STATE_EXHAUSTED = Failure(FailureKind.REFUSED, "no room for more ranges of page state (conversion.max_ranges)")
+_STOP_REASON = {
+    FailureKind.SLOTS: StopReason.MEMSLOTS_EXHAUSTED,
+    FailureKind.DISCARD_FIRST: StopReason.DISCARD_FAILED,
+    FailureKind.REFUSED: StopReason.BACKEND_FAILED,
+}
+
+
+def _page_range(request: ConversionRequest) -> GpaRange | None:
+    """Return the pages of the request, or None where they are none, or an explicit one is not aligned."""
+    start, end = request.gpa, request.gpa + request.size_bytes
+    if request.cause is Cause.IMPLICIT:
+        # A fault may name less than a page; what converts is whole pages.
+        start, end = page_floor(start), page_ceil(end)
+    if not 0 <= start < end <= GPA_LIMIT or (start | end) & PAGE_MASK:
+        return None
+    return GpaRange(start, end)
+
+
+def _no_progress(request: ConversionRequest, count: int) -> Stop:
+    return Stop.because(
+        StopReason.NO_PROGRESS,
+        f"the same {request.to.value} fault came back {count} times with nothing changed: gpa {request.gpa:#x} "
+        f"size {request.size_bytes:#x} is {request.to.value} already, and the access still fails",
+        vcpu=request.vcpu,
+    )

@@ -1,0 +1,334 @@
+"""The conversion service: one task a machine that makes all conversions, one after the other.
+
+The rules are in ``kvmd.conversion.rules``; this is the shell that moves messages::
+
+    vCPU thread ──request──> inbox + eventfd ──> porter task ──trio channel──> service task
+         ^                                                                        │ rules, protection
+         └───────────────── a lock that wakes just this thread <── answer ────────┘
+
+Measured before this shape was chosen (bench/handoff.py): ``trio.from_thread.run`` and ``run_sync_soon`` take twice
+as long as an eventfd that a task waits on, since both wake the loop through a socket and run each call apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from kvmd.conversion.messages import Answer, ConversionRequest, GuestResult, Outcome
+from kvmd.conversion.record import ConversionRecord
+from kvmd.conversion.ring import RecordRing
+from kvmd.conversion.rules import Change, ConversionRules, Failure, FailureKind, Ticket
+from kvmd.conversion.stats import ConversionStats
+from kvmd.errors import BackendError
+from kvmd.protection.base import Protection
+from kvmd.ranges import GpaRange
+from kvmd.stop import Stop, StopReason
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.conversion_service")
+
+INLINE_PAGES = 16
+"""A change of more pages is made in a worker thread, so that the event loop goes on meanwhile. Handing one over costs
+about as much as converting a page."""
+
+TURN_SECONDS = 0.002
+"""The longest that the service keeps the event loop to itself while requests keep coming."""
+
+LEAK_RETRY_SECONDS = 1.0
+"""How often memory that could not be discarded is tried again."""
+
+
+class Pending(Ticket):
+    """A request on its way through the service, with its times and the thread that waits for it."""
+
+    __slots__ = ("apply_ns", "arrived_ns", "discard_ns", "started_ns", "waiter")
+
+    def __init__(self, request: ConversionRequest, waiter: Waiter) -> None:
+        super().__init__(request)
+        self.waiter = waiter
+        self.arrived_ns = time.monotonic_ns()
+        self.started_ns = 0
+        self.apply_ns = 0
+        self.discard_ns = 0
+
+
+class Waiter:
+    """What one vCPU thread blocks on: a raw lock, since releasing it wakes exactly that thread."""
+
+    __slots__ = ("_answer", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._answer: Answer | None = None
+
+    def wait(self) -> Answer:
+        """Block until answered. The service answers every request, at teardown too."""
+        self._lock.acquire()
+        answer, self._answer = self._answer, None
+        if answer is None:
+            raise RuntimeError("woken without an answer")
+        return answer
+
+    def answer(self, answer: Answer) -> None:
+        """Wake the thread with its answer."""
+        self._answer = answer
+        self._lock.release()
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What came of a change."""
+
+    failure: Failure | None
+    leaked: tuple[GpaRange, ...]
+
+
+_ENDED = Stop.because(StopReason.BUG, "the conversion service ended under a running guest")
+
+
+class ConversionService:
+    """Serialises the conversions of one machine.
+
+    Args:
+        rules: decide; owned by this service from now on.
+        protection: makes changes real.
+        memory_lock: held while memory changes hands, and by whoever reads guest memory for the host.
+        stats: counts what was answered.
+        ring: takes a record of every answer.
+    """
+
+    def __init__(
+        self,
+        rules: ConversionRules,
+        protection: Protection,
+        *,
+        memory_lock: threading.Lock,
+        stats: ConversionStats,
+        ring: RecordRing,
+    ) -> None:
+        self._rules = rules
+        self._protection = protection
+        self._memory_lock = memory_lock
+        self._stats = stats
+        self._ring = ring
+        self._inbox: deque[Pending] = deque()
+        self._inbox_lock = threading.Lock()
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._signalled = False
+        self._closed: Stop | None = None
+        self._records = 0
+
+    # -- the vCPU threads' side ----------------------------------------------------------------------------
+
+    @property
+    def sequence(self) -> int:
+        """The number of changes so far: read before KVM_RUN, it tells how old a fault is."""
+        return self._rules.sequence
+
+    def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
+        """Hand over a request and block the calling vCPU thread until it is answered."""
+        pending = Pending(request, waiter)
+        with self._inbox_lock:
+            if self._closed is not None:
+                return Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=self._closed)
+            self._inbox.append(pending)
+            if not self._signalled:
+                # Under the lock, so that the flag and the eventfd's counter always say the same.
+                self._signalled = True
+                os.eventfd_write(self._eventfd, 1)
+        return waiter.wait()
+
+    # -- the event loop's side -----------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. Whatever ends this, every request is answered."""
+        # A vCPU has one request at a time, so the channel never holds more than there are vCPUs.
+        send, receive = trio.open_memory_channel[list[Pending]](math.inf)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._carry, send)
+                nursery.start_soon(self._retry_leaks)
+                task_status.started()
+                async for arrived in receive:
+                    self._submit(arrived)
+                    await self._serve()
+        finally:
+            with suppress(trio.WouldBlock):
+                while True:
+                    self._submit(receive.receive_nowait())
+            self.close(_ENDED)
+            # Those that were in the channel when somebody else closed the service.
+            self._rules.fail_all(self._closed or _ENDED)
+            self._deliver()
+
+    def close(self, stop: Stop) -> None:
+        """Answer all that waits and all that still comes with ``stop``: the machine is being torn down.
+
+        Called on the event loop's thread; harmless the second time. A change that is being made in a worker thread
+        is made to its end.
+        """
+        with self._inbox_lock:
+            if self._closed is not None:
+                return
+            self._closed = stop
+        self._submit(self._empty_inbox())
+        self._rules.fail_all(stop)
+        self._deliver()
+
+    def dispose(self) -> None:
+        """Give up the eventfd, once no thread uses the service any more; harmless the second time."""
+        if self._eventfd >= 0:
+            os.close(self._eventfd)
+            self._eventfd = -1
+
+    async def _carry(self, send: trio.MemorySendChannel[list[Pending]]) -> None:
+        """Carry requests from the threads' inbox into the channel, all that came together as one message."""
+        while True:
+            await trio.lowlevel.wait_readable(self._eventfd)
+            send.send_nowait(self._empty_inbox())
+
+    def _submit(self, arrived: list[Pending]) -> None:
+        for pending in arrived:
+            self._rules.submit(pending)
+
+    def _empty_inbox(self) -> list[Pending]:
+        with self._inbox_lock:
+            arrived = list(self._inbox)
+            self._inbox.clear()
+            if self._signalled:
+                self._signalled = False
+                os.eventfd_read(self._eventfd)
+        return arrived
+
+    async def _serve(self) -> None:
+        """Make changes until nothing is left to do, looking for new requests after each."""
+        turn_ends = time.monotonic() + TURN_SECONDS
+        while True:
+            change = self._rules.next_change()
+            self._deliver()
+            if change is not None:
+                if change.range.pages <= INLINE_PAGES:
+                    made = self._make(change)
+                else:
+                    made = await trio.to_thread.run_sync(self._make, change)
+                self._rules.finish(change, made.failure, made.leaked)
+                self._deliver()
+            self._submit(self._empty_inbox())
+            if not self._rules.busy:
+                return
+            if time.monotonic() >= turn_ends:
+                await trio.lowlevel.checkpoint()
+                turn_ends = time.monotonic() + TURN_SECONDS
+
+    # -- making a change: in the event loop's thread, or in a worker thread while the loop waits for it ----------------
+
+    def _make(self, change: Change) -> _Made:
+        """Make one change: what has to be discarded first, attribute or slots, the state, the side left behind.
+
+        All of it is one critical section: a discard done later would destroy what the other side wrote meanwhile, and
+        a reader of shared memory must not find the page private in the middle.
+        """
+        started_ns = time.monotonic_ns()
+        failure: Failure | None = None
+        leaked: tuple[GpaRange, ...] = ()
+        with self._memory_lock:
+            failure = self._discard_first(change)
+            applied = None
+            if failure is None:
+                outcome = self._protection.apply(change.range, change.to)
+                failure = outcome.failure
+                applied = self._rules.commit(change, outcome.end)
+            applied_ns = time.monotonic_ns()
+            if applied is not None:
+                try:
+                    self._protection.discard(applied, change.to.opposite)
+                except BackendError as error:
+                    leaked = (applied,)
+                    _log.warning("discard-failed", why=str(error), remedy="kept, and tried again every second")
+        ended_ns = time.monotonic_ns()
+        for ticket in change.tickets:
+            if isinstance(ticket, Pending):
+                ticket.started_ns = ticket.started_ns or started_ns
+                ticket.apply_ns += applied_ns - started_ns
+                ticket.discard_ns += ended_ns - applied_ns
+        if failure is not None:
+            _log.warning("change-failed", range=str(change.range), to=change.to.value, why=failure.message)
+        return _Made(failure, leaked)
+
+    def _discard_first(self, change: Change) -> Failure | None:
+        """Empty the side that becomes live, where an earlier discard of it had failed."""
+        for range_ in change.discard_first:
+            try:
+                self._protection.discard(range_, change.to)
+            except BackendError as error:
+                return Failure(FailureKind.DISCARD_FIRST, f"old contents cannot be discarded: {error}")
+            self._rules.discarded(change.to, range_)
+        return None
+
+    async def _retry_leaks(self) -> None:
+        """Try again to discard what could not be, now and then."""
+        while True:
+            await trio.sleep(LEAK_RETRY_SECONDS)
+            # Between two changes: none is being made while this task runs but in a worker thread, and that one holds
+            # the lock.
+            if not self._rules.leaked_bytes or not self._memory_lock.acquire(blocking=False):
+                continue
+            try:
+                for side, range_ in self._rules.leaks():
+                    with suppress(BackendError):
+                        self._protection.discard(range_, side)
+                        self._rules.discarded(side, range_)
+            finally:
+                self._memory_lock.release()
+
+    # -- answers ---------------------------------------------------------------------------------------------
+
+    def _deliver(self) -> None:
+        """Answer what the rules settled, wake the threads, then write the records: the guest comes first."""
+        settled = self._rules.take_settled()
+        if not settled:
+            return
+        for ticket in settled:
+            if isinstance(ticket, Pending) and ticket.answer is not None:
+                ticket.waiter.answer(self._with_access(ticket.request, ticket.answer))
+        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+        for ticket in settled:
+            if isinstance(ticket, Pending) and ticket.answer is not None:
+                self._record(ticket, ticket.answer, wall_ns, monotonic_ns)
+
+    def _with_access(self, request: ConversionRequest, answer: Answer) -> Answer:
+        """Make the access that came as MMIO, before any other change can move the page again."""
+        if request.access is None or answer.stop is not None:
+            return answer
+        return Answer(answer.outcome, answer.result, self._protection.access(request.to, request.access))
+
+    def _record(self, ticket: Pending, answer: Answer, wall_ns: int, monotonic_ns: int) -> None:
+        request = ticket.request
+        self._records += 1
+        record = ConversionRecord(
+            sequence=self._records,
+            wall_ns=wall_ns,
+            monotonic_ns=monotonic_ns,
+            vcpu=request.vcpu,
+            cause=request.cause,
+            gpa=request.gpa,
+            size_bytes=request.size_bytes,
+            came_from=ticket.came_from,
+            to=request.to,
+            outcome=answer.outcome,
+            merged=ticket.merged if answer.outcome is Outcome.CONVERTED else 0,
+            waiting_us=((ticket.started_ns or monotonic_ns) - ticket.arrived_ns) / 1000,
+            applying_us=ticket.apply_ns / 1000,
+            discarding_us=ticket.discard_ns / 1000,
+        )
+        self._ring.append(record)
+        self._stats.add(record)

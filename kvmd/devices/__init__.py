@@ -1,0 +1,1 @@
+"""Devices behind ports and addresses."""

@@ -1,0 +1,122 @@
+"""A 16550A serial port, as far as printing needs: TI PC16550D data sheet, section 8.
+
+The transmitter is always ready and no interrupt line is connected, so drivers must poll the line status. A
+modem is always there (carrier, ready, clear to send). Nothing is ever received but what loopback mode
+returns.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from kvmd.devices.console import ConsoleOutput
+
+COM1 = 0x3F8
+"""The first port of the PC's first serial port."""
+
+PORT_COUNT = 8
+
+DATA, INTERRUPT_ENABLE, FIFO_CONTROL, LINE_CONTROL, MODEM_CONTROL, LINE_STATUS, MODEM_STATUS, SCRATCH = range(8)
+"""Offsets. ``FIFO_CONTROL`` reads as the interrupt identification; with ``DIVISOR_LATCH`` set in the line
+control, offsets 0 and 1 are the divisor."""
+
+DIVISOR_LATCH = 0x80
+LOOPBACK = 0x10
+DATA_READY = 0x01
+TRANSMITTER_EMPTY = 0x60
+"""THRE and TEMT: the holding register and the shift register are both empty."""
+
+_MODEM_PRESENT = 0xB0
+_NO_INTERRUPT = 0x01
+_FIFOS_ENABLED = 0xC0
+
+
+class Uart16550:
+    """The register file; any vCPU thread may call it.
+
+    One lock makes each access to the registers whole. It is not held while a byte goes to the console, which
+    may block: another vCPU can always read the line status.
+    """
+
+    def __init__(self, output: ConsoleOutput) -> None:
+        self._output = output
+        self._lock = threading.Lock()
+        self._divisor = [0x0C, 0x00]  # 9600 baud: what firmware would leave
+        self._interrupt_enable = 0
+        self._fifos = False
+        self._line_control = 0x03  # 8 bits, no parity, one stop bit
+        self._modem_control = 0
+        self._scratch = 0
+        self._received: int | None = None
+
+    def read(self, offset: int) -> int:  # noqa: PLR0911 - one case a register
+        """Return the register at ``offset``, 0 to 7.
+
+        Raises:
+            ValueError: there is no such register.
+        """
+        with self._lock:
+            match offset:
+                case 0 | 1 if self._line_control & DIVISOR_LATCH:
+                    return self._divisor[offset]
+                case 0:
+                    received, self._received = self._received, None
+                    return received or 0
+                case 1:
+                    return self._interrupt_enable
+                case 2:
+                    return _NO_INTERRUPT | (_FIFOS_ENABLED if self._fifos else 0)
+                case 3:
+                    return self._line_control
+                case 4:
+                    return self._modem_control
+                case 5:
+                    return TRANSMITTER_EMPTY | (DATA_READY if self._received is not None else 0)
+                case 6:
+                    return self._modem_status()
+                case 7:
+                    return self._scratch
+                case _:
+                    raise ValueError(f"a 16550 has no register {offset}")
+
+    def write(self, offset: int, value: int) -> None:  # noqa: C901 - one case a register
+        """Write the byte ``value`` to the register at ``offset``, 0 to 7; blocks while the console is full.
+
+        Raises:
+            ValueError: there is no such register.
+        """
+        prints = False
+        with self._lock:
+            match offset:
+                case 0 | 1 if self._line_control & DIVISOR_LATCH:
+                    self._divisor[offset] = value
+                case 0 if self._modem_control & LOOPBACK:
+                    self._received = value
+                case 0:
+                    prints = True
+                case 1:
+                    self._interrupt_enable = value & 0x0F
+                case 2:
+                    self._fifos = bool(value & 0x01)
+                    if value & 0x02:
+                        self._received = None
+                case 3:
+                    self._line_control = value
+                case 4:
+                    self._modem_control = value & 0x1F
+                case 5 | 6:
+                    pass  # read-only
+                case 7:
+                    self._scratch = value
+                case _:
+                    raise ValueError(f"a 16550 has no register {offset}")
+            prints = offset == 0 and not self._line_control & DIVISOR_LATCH and not self._modem_control & LOOPBACK
+        if prints:
+            self._output.put(value)
+
+    def _modem_status(self) -> int:
+        """Return the modem's lines; in loopback, the ones that the modem control drives."""
+        if not self._modem_control & LOOPBACK:
+            return _MODEM_PRESENT
+        dtr, rts, out1, out2 = (self._modem_control >> bit & 1 for bit in range(4))
+        return rts << 4 | dtr << 5 | out1 << 6 | out2 << 7

@@ -1,0 +1,76 @@
+"""What kvmd raises, by who can mend it.
+
+::
+
+    KvmdError
+    ├── ConfigError       the operator's request cannot be meant: file, key and what would be right
+    ├── ImageError        the guest image is not one that kvmd can start
+    ├── HostError         this host lacks something: a device, a permission, a capability, memory
+    │   └── MissingCapability
+    ├── BackendError      the accelerator refused a change of a running machine
+    │   └── SlotsExhausted
+    └── MachineStateError an action that the machine's state does not allow
+
+Every message is one line that says what is wrong and how to mend it. A failed system call stays the
+``__cause__`` of the error that names the operation.
+"""
+
+from __future__ import annotations
+
+
+class KvmdError(Exception):
+    """Base of all errors that kvmd raises on purpose."""
+
+
+class ConfigError(KvmdError):
+    """The operator's configuration or command line cannot be carried out as written."""
+
+
+class ImageError(KvmdError):
+    """The guest image is malformed, or does not fit the machine."""
+
+
+class HostError(KvmdError):
+    """The host lacks something that was asked for."""
+
+
+class MissingCapability(HostError):
+    """KVM is there but lacks a capability.
+
+    Attributes:
+        capability: its name in the KVM API, such as ``KVM_CAP_GUEST_MEMFD_FLAGS``.
+    """
+
+    def __init__(self, capability: str, message: str) -> None:
+        super().__init__(message)
+        self.capability = capability
+
+
+class BackendError(KvmdError):
+    """The accelerator refused a change of a running machine.
+
+    Attributes:
+        errno: the system call's error number, or 0 where there was none.
+    """
+
+    def __init__(self, message: str, errno: int = 0) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class SlotsExhausted(BackendError):
+    """The machine has no memslot left, even after merging those that could be."""
+
+
+class MachineStateError(KvmdError):
+    """The action needs another state.
+
+    Attributes:
+        needed: the states that the action works in.
+        found: the state that the machine is in.
+    """
+
+    def __init__(self, action: str, *, needed: str, found: str) -> None:
+        super().__init__(f"cannot {action}: needs a machine that is {needed}, this one is {found}")
+        self.needed = needed
+        self.found = found

@@ -1,0 +1,92 @@
+/* contend: all vCPUs fight over the same pages, each in an order and a direction of its own. Argument 0: pages
+ * (4); argument 1: rounds of each vCPU (64).
+ *
+ * What a vCPU stores through a view carries that view's mark in its top byte. Whoever reads a view, at whatever
+ * moment, must find zero or that view's mark: anything else is content that crossed from one side to the other. */
+#include "lib.h"
+
+#define MARK_PRIVATE 0x5Aull
+#define MARK_SHARED 0xC3ull
+#define WORDS (PAGE_SIZE / 8)
+
+/* On a machine with one view a conversion and the accesses after it are one step only under a lock. */
+static struct spinlock one_view;
+
+/* xorshift64: a fixed sequence for each vCPU. */
+static u64 next_random(u64 *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
+static bool check(u64 vcpu, u64 gpa, u64 address, u64 mark)
+{
+	u64 found = load64(address);
+
+	if (found == 0 || found >> 56 == mark)
+		return true;
+	print("contend: vCPU %u: gpa %x: %x in the %s view, which is the other side's", vcpu, gpa, found,
+	      mark == MARK_SHARED ? "shared" : "private");
+	return false;
+}
+
+/* One visit: look at a few words, store into them, look again; another vCPU may convert at any point between. */
+static bool visit(u64 vcpu, u64 gpa, u64 mark, u64 random)
+{
+	u64 view = mark == MARK_SHARED ? shared_view(gpa) : private_view(gpa);
+	u64 value = mark << 56 | vcpu << 48 | (random >> 16 & 0xffffffff);
+
+	for (unsigned i = 0; i < 4; i++) {
+		u64 offset = (random >> (9 * i) & (WORDS - 1)) * 8;
+
+		if (!check(vcpu, gpa + offset, view + offset, mark))
+			return false;
+		store64(view + offset, value + i);
+		if (!check(vcpu, gpa + offset, view + offset, mark))
+			return false;
+	}
+	return check(vcpu, gpa, view, mark);
+}
+
+static bool fight(u64 vcpu, u64 pages, u64 rounds)
+{
+	u64 random = 0x9e3779b97f4a7c15ull * (vcpu + 1);
+
+	for (u64 round = 0; round < rounds; round++) {
+		for (u64 i = 0; i < pages; i++) {
+			u64 gpa = boot->first_free + (next_random(&random) >> 20) % pages * PAGE_SIZE;
+			u64 mark = (random >> 63) ? MARK_SHARED : MARK_PRIVATE;
+			bool good;
+
+			if (!has_two_views())
+				lock(&one_view);
+			good = visit(vcpu, gpa, mark, random);
+			if (!has_two_views())
+				unlock(&one_view);
+			if (!good)
+				return false;
+		}
+	}
+	return true;
+}
+
+int guest_main(u64 vcpu)
+{
+	u64 pages = argument(0, 4), rounds = argument(1, 64);
+	u64 free_pages = (boot->memory_size - boot->first_free) / PAGE_SIZE;
+	bool good;
+
+	if (pages > free_pages) {
+		if (vcpu == 0)
+			print("contend: %u pages do not fit into the %u free pages", pages, free_pages);
+		return STATUS_CANNOT;
+	}
+	barrier();
+	good = fight(vcpu, pages, rounds);
+	barrier();
+	if (vcpu == 0)
+		print("contend: %u vCPUs fought over %u pages, %u rounds", (u64)boot->vcpus, pages, rounds);
+	return good ? STATUS_OK : STATUS_WRONG;
+}

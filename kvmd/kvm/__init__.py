@@ -1,0 +1,1 @@
+"""The kernel's KVM API: the only folder that does ioctls."""

@@ -1,0 +1,211 @@
+"""One virtual machine of KVM: memslots, memory attributes, capabilities, vCPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import errno as errno_codes
+import os
+import struct
+from types import TracebackType
+from typing import NoReturn, Self
+
+from kvmd.errors import BackendError, MissingCapability
+from kvmd.kvm.capabilities import capability_name
+from kvmd.kvm.fault_layout import FaultLayout
+from kvmd.kvm.fd import OwnedFd
+from kvmd.kvm.guest_memfd import GuestMemfd
+from kvmd.kvm.ioctl import ioctl, raw_ioctl
+from kvmd.kvm.uapi import (
+    KVM_CAP_USER_MEMORY2,
+    KVM_CHECK_EXTENSION,
+    KVM_CREATE_GUEST_MEMFD,
+    KVM_CREATE_VCPU,
+    KVM_ENABLE_CAP,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_SET_MEMORY_ATTRIBUTES,
+    KVM_SET_USER_MEMORY_REGION,
+    KVM_SET_USER_MEMORY_REGION2,
+    CreateGuestMemfd,
+    EnableCap,
+    MemoryAttributes,
+    UserspaceMemoryRegion2,
+)
+from kvmd.kvm.vcpu import KvmVcpu
+from kvmd.ranges import GpaRange
+
+# UserspaceMemoryRegion2 up to its padding. One pack_into costs a fifth of seven stores to ctypes fields.
+_REGION = struct.Struct("=IIQQQQI")
+
+
+class Vm:
+    """A virtual machine (KVM_CREATE_VM), which lives until it and all of its vCPUs are closed.
+
+    Changes of memslots and guest_memfds share one preallocated argument: they must be serialised by the
+    caller, who has to hold a lock over a whole conversion anyway. Everything else is free of shared state.
+
+    Args:
+        fd: the VM's descriptor, owned from now on.
+        vcpu_mmap_size: bytes that each vCPU shares with the kernel (KVM_GET_VCPU_MMAP_SIZE).
+    """
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        self._fd = OwnedFd(fd, "virtual machine")
+        self._vcpu_mmap_size = vcpu_mmap_size
+        self._has_region2 = self.check_extension(KVM_CAP_USER_MEMORY2) > 0
+        # The old structure is the head of the new one, so one buffer serves both ioctls.
+        self._region = UserspaceMemoryRegion2()
+        self._region_address = ctypes.addressof(self._region)
+        self._region_request = KVM_SET_USER_MEMORY_REGION2 if self._has_region2 else KVM_SET_USER_MEMORY_REGION
+        self._memfd = CreateGuestMemfd()
+        self._memfd_address = ctypes.addressof(self._memfd)
+
+    def check_extension(self, cap: int) -> int:
+        """Return what this VM says of capability ``cap``: 0 where it lacks it (4.4 KVM_CHECK_EXTENSION).
+
+        Raises:
+            BackendError: the ioctl failed.
+        """
+        result = raw_ioctl(self._fd.fileno(), KVM_CHECK_EXTENSION, cap)
+        if result < 0:
+            _fail(f"ask the VM for {capability_name(cap)}")
+        return result
+
+    def enable_capability(self, cap: int, *args: int) -> None:
+        """Enable capability ``cap`` with up to four arguments (4.37 KVM_ENABLE_CAP).
+
+        Raises:
+            BackendError: the VM lacks it, refuses the arguments, or is past the point where it can change.
+        """
+        argument = EnableCap(cap=cap)
+        argument.args[: len(args)] = args
+        if raw_ioctl(self._fd.fileno(), KVM_ENABLE_CAP, ctypes.addressof(argument)) < 0:
+            _fail(f"enable {capability_name(cap)} with {args}")
+
+    def set_memory_region(
+        self,
+        slot: int,
+        gpa: int,
+        size_bytes: int,
+        userspace_addr: int,
+        flags: int = 0,
+        guest_memfd: GuestMemfd | None = None,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """Create, move or delete a memslot (4.140 KVM_SET_USER_MEMORY_REGION2). Serialised by the caller.
+
+        Args:
+            slot: number below KVM_CAP_NR_MEMSLOTS.
+            gpa: start in guest-physical memory, C-bit included.
+            size_bytes: length; 0 deletes the slot.
+            userspace_addr: start in the memory of this process.
+            flags: KVM_MEM_* bits; KVM_MEM_GUEST_MEMFD is added where ``guest_memfd`` is given.
+            guest_memfd: private memory of the slot. KVM holds it by itself: it can be closed at once.
+            guest_memfd_offset: where in it the slot begins, in bytes.
+
+        Raises:
+            BackendError: KVM refused, such as EEXIST for an overlap or EINVAL for a misalignment.
+            MissingCapability: ``guest_memfd`` without KVM_CAP_USER_MEMORY2.
+        """
+        memfd = 0
+        if guest_memfd is not None:
+            if not self._has_region2:
+                raise MissingCapability(
+                    "KVM_CAP_USER_MEMORY2",
+                    "a memslot with a guest_memfd needs KVM_CAP_USER_MEMORY2: use Linux 6.8 or later",
+                )
+            memfd = guest_memfd.fileno()
+            flags |= KVM_MEM_GUEST_MEMFD
+        _REGION.pack_into(self._region, 0, slot, flags, gpa, size_bytes, userspace_addr, guest_memfd_offset, memfd)
+        if raw_ioctl(self._fd.fileno(), self._region_request, self._region_address):
+            _fail(
+                f"set memslot {slot} to [{gpa:#x}, {gpa + size_bytes:#x}) at {userspace_addr:#x} with flags {flags:#x}"
+            )
+
+    def delete_memory_region(self, slot: int) -> None:
+        """Delete a memslot; its memory attributes stay. Serialised by the caller.
+
+        Raises:
+            BackendError: there is no such slot.
+        """
+        _REGION.pack_into(self._region, 0, slot, 0, 0, 0, 0, 0, 0)
+        if raw_ioctl(self._fd.fileno(), self._region_request, self._region_address):
+            _fail(f"delete memslot {slot}")
+
+    def create_guest_memfd(self, size_bytes: int, flags: int = 0) -> GuestMemfd:
+        """Create a guest_memfd of this VM (4.142 KVM_CREATE_GUEST_MEMFD). Serialised by the caller.
+
+        Args:
+            size_bytes: length, page-aligned.
+            flags: GUEST_MEMFD_FLAG_* bits, out of what KVM_CAP_GUEST_MEMFD_FLAGS reports.
+
+        Raises:
+            BackendError: KVM refused, such as EINVAL for flags or EMFILE.
+            MissingCapability: the kernel has no guest_memfd.
+        """
+        memfd = self._memfd
+        memfd.size = size_bytes
+        memfd.flags = flags
+        fd = raw_ioctl(self._fd.fileno(), KVM_CREATE_GUEST_MEMFD, self._memfd_address)
+        if fd < 0:
+            _fail(f"create a guest_memfd of {size_bytes:#x} bytes with flags {flags:#x}", "KVM_CAP_GUEST_MEMFD")
+        # Unlike every other descriptor of KVM this one is born inheritable; a tripwire is armed only once its
+        # last descriptor is closed, so a program started meanwhile would keep it unarmed.
+        os.set_inheritable(fd, False)  # noqa: FBT003  positional-only
+        return GuestMemfd(fd, size_bytes)
+
+    def set_memory_attributes(self, gpa_range: GpaRange, attributes: int) -> None:
+        """Set the attributes of every page of a range (4.141 KVM_SET_MEMORY_ATTRIBUTES).
+
+        KVM never looks at memslots here, and its cost is linear in pages under a lock of the whole VM: the
+        caller has checked that memory covers the range, and passes it in bounded pieces.
+
+        Raises:
+            BackendError: KVM refused, such as EINVAL for an attribute that this type of VM lacks.
+            MissingCapability: the kernel has no memory attributes.
+        """
+        argument = MemoryAttributes(gpa_range.start, gpa_range.size_bytes, attributes, 0)
+        if raw_ioctl(self._fd.fileno(), KVM_SET_MEMORY_ATTRIBUTES, ctypes.addressof(argument)):
+            _fail(f"set attributes {attributes:#x} on {gpa_range}", "KVM_CAP_MEMORY_ATTRIBUTES")
+
+    def create_vcpu(self, index: int, layout: FaultLayout) -> KvmVcpu:
+        """Create vCPU number ``index`` (4.7 KVM_CREATE_VCPU), whose memory faults come as ``layout`` says.
+
+        Raises:
+            BackendError: KVM refused, such as EEXIST for a number in use or EINVAL for one too large.
+        """
+        try:
+            fd = ioctl(self._fd.fileno(), KVM_CREATE_VCPU, index, f"create vCPU {index}")
+        except OSError as error:
+            raise BackendError(f"cannot {error.strerror}", error.errno or 0) from error
+        return KvmVcpu(fd, index, self._vcpu_mmap_size, layout)
+
+    def close(self) -> None:
+        """Give up the VM; harmless the second time. Its memory goes when its last vCPU is closed too."""
+        self._fd.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _fail(operation: str, capability: str | None = None) -> NoReturn:
+    """Raise for the errno of the ioctl just made.
+
+    Args:
+        operation: what could not be done, after 'cannot'.
+        capability: what the kernel lacks when it does not know the ioctl at all.
+    """
+    errno = ctypes.get_errno()
+    cause = OSError(errno, os.strerror(errno))
+    if errno == errno_codes.ENOTTY and capability is not None:
+        raise MissingCapability(
+            capability, f"cannot {operation}: this kernel lacks {capability}, use Linux 6.8 or later"
+        ) from cause
+    raise BackendError(f"cannot {operation}: {cause.strerror}", errno) from cause

@@ -1,0 +1,101 @@
+"""The one place that configures structlog, and what a conversion looks like as an event."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import MutableMapping
+from typing import Any, Literal, TextIO
+
+import msgspec
+import structlog
+
+from kvmd.conversion.record import ConversionRecord
+
+LogFormat = Literal["json", "console"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_FIRST_KEYS = ("timestamp", "level", "event")
+
+
+def configure(*, log_format: LogFormat, stream: TextIO, level: LogLevel = "info") -> None:
+    """Send all log events from ``level`` up to ``stream``, each as one line; the last call holds.
+
+    Args:
+        log_format: ``json``: one object a line, ``timestamp`` (ISO 8601, UTC), ``level`` and ``event`` first;
+            ``console``: for people, in colour only where ``stream`` is a terminal.
+        stream: anything with ``write``, ``flush`` and ``isatty``.
+        level: the lowest that is shown.
+    """
+    renderer: structlog.typing.Processor
+    if log_format == "json":
+        renderer = _render_json_text
+    else:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(),
+            pad_event_to=0,
+            sort_keys=False,
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+    processors: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if log_format == "json":
+        processors.append(structlog.processors.format_exc_info)
+    structlog.configure(
+        processors=[*processors, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=False,
+    )
+
+
+def conversion_event(record: ConversionRecord, machine: str) -> dict[str, object]:
+    """Return ``record`` as the fields of a flat event; its name is ``conversion``.
+
+    Keys: ``sequence``; ``time`` (ISO 8601, UTC, microseconds); ``monotonic_ns``; ``machine``; ``vcpu``; ``cause``;
+    ``gpa`` (hexadecimal text); ``size`` (bytes); ``from`` (null where the range was not all in one state); ``to``;
+    ``outcome``; ``merged``; ``waiting_us``, ``applying_us`` and ``discarding_us`` (microseconds).
+    """
+    seconds, nanoseconds = divmod(record.wall_ns, 1_000_000_000)
+    return {
+        "sequence": record.sequence,
+        "time": f"{_second(seconds)}.{nanoseconds // 1000:06d}Z",
+        "monotonic_ns": record.monotonic_ns,
+        "machine": machine,
+        "vcpu": record.vcpu,
+        "cause": record.cause.value,
+        "gpa": hex(record.gpa),
+        "size": record.size_bytes,
+        "from": None if record.came_from is None else record.came_from.value,
+        "to": record.to.value,
+        "outcome": record.outcome.value,
+        "merged": record.merged,
+        "waiting_us": round(record.waiting_us, 3),
+        "applying_us": round(record.applying_us, 3),
+        "discarding_us": round(record.discarding_us, 3),
+    }
+
+
+def render_json(_logger: object, _method: str, event: MutableMapping[str, Any]) -> bytes:
+    """Return ``event`` as one line of JSON, without the newline: a structlog processor that comes last."""
+    ordered = {key: event[key] for key in _FIRST_KEYS if key in event}
+    ordered.update(event)
+    try:
+        return msgspec.json.encode(ordered, enc_hook=repr)
+    except ValueError:
+        # Text that is no Unicode, such as a file name of other bytes, and numbers beyond 64 bits.
+        return json.dumps(ordered, default=repr).encode()
+
+
+def _render_json_text(logger: object, method: str, event: MutableMapping[str, Any]) -> str:
+    return render_json(logger, method, event).decode()
+
+
+@functools.lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    """Return a second since the epoch as text; conversions come thousands to one second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

@@ -1,0 +1,227 @@
+"""A machine: one guest with its vCPUs, memory, devices and conversion service, from its image to its end."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import structlog
+import trio
+
+from kvmd.conversion.ring import RecordRing
+from kvmd.conversion.rules import ConversionRules, Limits
+from kvmd.conversion.stats import ConversionStats
+from kvmd.conversion_service import ConversionService
+from kvmd.devices.console import ConsoleOutput
+from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.ports import PortBus
+from kvmd.devices.uart16550 import Uart16550
+from kvmd.errors import ImageError, MachineStateError
+from kvmd.hardware import Hardware, open_kvm
+from kvmd.memory.accessor import HostAccessor
+from kvmd.memory.page_state import PageStateMap
+from kvmd.payload.elf import parse_elf
+from kvmd.ranges import GpaRange, PageState
+from kvmd.run_gate import RunGate
+from kvmd.spec import MachineSpec
+from kvmd.stop import Stop, StopReason
+from kvmd.units import GIB, format_size
+from kvmd.vcpu_tasks import VcpuSurroundings, VcpuTasks
+
+_COM1 = 0x3F8
+_UART_PORTS = 8
+_IMAGE_LIMIT = GIB
+"""The largest image file that is read."""
+
+
+class Machine:
+    """One machine, opened but not yet run.
+
+    Attributes:
+        spec: what it is made of.
+        stats: counters of its conversions.
+        records: the last conversions.
+        console: what the guest prints.
+        ports: its I/O ports, with a count of accesses that nothing answered.
+        mmio: the same of memory-mapped I/O.
+        memory: how the host reads and writes the guest's shared memory.
+        pinned: memory that never converts.
+        facts: for the first log line.
+    """
+
+    def __init__(self, spec: MachineSpec, hardware: Hardware, gate: RunGate, parked: _Parked) -> None:
+        self.spec = spec
+        self.stats = ConversionStats()
+        self.records = RecordRing()
+        self.console = ConsoleOutput()
+        self.ports = PortBus()
+        self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console))
+        self.mmio = MmioCounter()
+        self._hardware = hardware
+        self._gate = gate
+        self._parked = parked
+        memory_lock = threading.Lock()
+        emulated = spec.protection == "emulated"
+        state = PageStateMap(spec.memory, PageState.PRIVATE if emulated else PageState.SHARED)
+        self._state = state
+        self._memory_lock = memory_lock
+        self.pinned = hardware.boot.pinned if emulated else GpaRange(0, spec.memory)
+        self.memory = HostAccessor(state, hardware.shared, memory_lock)
+        limits = Limits(
+            chunk_bytes=spec.conversion.chunk,
+            no_progress=spec.conversion.no_progress_limit,
+            segments=spec.conversion.max_ranges,
+        )
+        rules = ConversionRules(state, pinned=self.pinned, limits=limits)
+        self._service = ConversionService(
+            rules, hardware.protection, memory_lock=memory_lock, stats=self.stats, ring=self.records
+        )
+        around = VcpuSurroundings(gate, self._service, hardware.protection, self.ports, self.mmio)
+        self._tasks = VcpuTasks(hardware.vcpus, around, self._on_stopping)
+        self.facts: dict[str, object] = {
+            "vcpus": spec.vcpus,
+            "memory": format_size(spec.memory),
+            **hardware.facts,
+        }
+        self._state_name = "created"
+
+    @classmethod
+    def open(cls, spec: MachineSpec) -> Self:
+        """Read the image and build the machine.
+
+        Raises:
+            KvmdError: it cannot be built; nothing is left behind.
+        """
+        image = parse_elf(_read_image(spec.image))
+        parked = _Parked()
+        gate = RunGate(parked.set)
+        hardware = open_kvm(spec, image, gate.quiesce)
+        try:
+            return cls(spec, hardware, gate, parked)
+        except BaseException:
+            hardware.resources.close()
+            raise
+
+    @property
+    def state(self) -> str:
+        """``created``, ``running``, ``paused``, ``stopped`` or ``closed``."""
+        return self._state_name
+
+    async def run(self) -> Stop:
+        """Run the guest to its end and say why it ended. Cancelling stops it.
+
+        Raises:
+            MachineStateError: it was run before.
+        """
+        self._need("run", "created")
+        self._state_name = "running"
+        log = structlog.get_logger("kvmd.machine").bind(machine=self.spec.name)
+        log.info("machine-starting", image=str(self.spec.image), **self.facts)
+        self._parked.bind(trio.lowlevel.current_trio_token())
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._service.run)
+                stop = await self._tasks.run()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._state_name = "stopped"
+        return stop
+
+    def stop(self) -> None:
+        """Stop the guest as the operator wishes. On the event loop's thread; harmless when it has ended."""
+        self._tasks.stop(Stop.because(StopReason.OPERATOR, "stopped by the operator"))
+
+    async def pause(self) -> None:
+        """Take all vCPUs out of the guest, with their I/O completed, and keep them out.
+
+        Raises:
+            MachineStateError: it is not running.
+        """
+        self._need("pause", "running")
+        self._state_name = "paused"
+        self._parked.clear()
+        # A vCPU that waits for room on the console would never park.
+        self.console.release()
+        self._gate.pause()
+        await self._parked.wait()
+
+    async def resume(self) -> None:
+        """Let the vCPUs in again.
+
+        Raises:
+            MachineStateError: it is not paused.
+        """
+        self._need("resume", "paused")
+        self._state_name = "running"
+        self.console.restore()
+        self._gate.resume()
+        await trio.lowlevel.checkpoint()
+
+    def memory_map(self) -> list[tuple[GpaRange, PageState]]:
+        """Return the state of all memory, as the fewest ranges, in order."""
+        with self._memory_lock:
+            return self._state.coalesced()
+
+    def close(self) -> None:
+        """Give up everything, once ``run`` has returned; harmless the second time."""
+        if self._state_name == "closed":
+            return
+        if self._state_name in {"running", "paused"}:
+            raise MachineStateError("close", needed="not running", found=self._state_name)
+        self._state_name = "closed"
+        if self._tasks.abandoned:
+            # A thread is still inside KVM_RUN and would find its memory gone. The process's end frees it.
+            self._hardware.resources.pop_all()
+            return
+        self._service.dispose()
+        self._hardware.resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _on_stopping(self, stop: Stop) -> None:
+        self._service.close(stop)
+        self.console.release()
+
+    def _need(self, action: str, needed: str) -> None:
+        if self._state_name != needed:
+            raise MachineStateError(action, needed=needed, found=self._state_name)
+
+
+class _Parked:
+    """An event that the last vCPU thread to park sets on the event loop."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    def bind(self, token: trio.lowlevel.TrioToken) -> None:
+        self._token = token
+
+    def clear(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        """Called under the gate's lock, from any thread; never blocks."""
+        event = self._event
+        if self._token is not None:
+            self._token.run_sync_soon(event.set)
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+def _read_image(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _IMAGE_LIMIT:
+            raise ImageError(f"{path} is larger than {format_size(_IMAGE_LIMIT)}: not an image that kvmd loads")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error

@@ -1,0 +1,87 @@
+"""The host memory behind one view of guest memory: a sparse memfd, mapped whole."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from types import TracebackType
+from typing import Self
+
+from kvmd.errors import BackendError, HostError
+from kvmd.memory import libc
+from kvmd.ranges import GpaRange
+from kvmd.units import format_size
+
+
+class Backing:
+    """Host memory for ``[0, size_bytes)`` of guest-physical memory, filled as it is touched.
+
+    Args:
+        name: shown in /proc/PID/maps, such as ``private``.
+        size_bytes: a multiple of the page.
+
+    Raises:
+        HostError: the host cannot map that much.
+    """
+
+    def __init__(self, name: str, size_bytes: int) -> None:
+        self.name = name
+        self.size_bytes = size_bytes
+        self._fd = os.memfd_create(f"kvmd-{name}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, size_bytes)
+            self.address = libc.map_shared(self._fd, size_bytes)
+        except OSError as error:
+            os.close(self._fd)
+            raise HostError(
+                f"memory: this host cannot map {format_size(size_bytes)} ({error.strerror}): ask for less"
+            ) from error
+
+    def address_of(self, gpa: int) -> int:
+        """Return the host virtual address of ``gpa``."""
+        return self.address + gpa
+
+    def read(self, gpa: int, size_bytes: int) -> bytes:
+        """Copy ``[gpa, gpa + size_bytes)``, which the caller knows to lie within memory."""
+        self._check(gpa, size_bytes)
+        return ctypes.string_at(self.address + gpa, size_bytes)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """Copy ``data`` to ``gpa``, which the caller knows to lie within memory."""
+        self._check(gpa, len(data))
+        ctypes.memmove(self.address + gpa, data, len(data))
+
+    def discard(self, range_: GpaRange) -> None:
+        """Give the pages back to the host; they read as zeros from now on.
+
+        Raises:
+            BackendError: the host refused.
+        """
+        try:
+            libc.punch_hole(self._fd, range_.start, range_.size_bytes)
+        except OSError as error:
+            raise BackendError(f"discarding {self.name} {range_}: {error}", error.errno or 0) from error
+
+    def held_bytes(self) -> int:
+        """Return the host memory that is held, in bytes."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def close(self) -> None:
+        """Unmap and give up the memory; harmless the second time."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            libc.unmap(self.address, self.size_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, gpa: int, size_bytes: int) -> None:
+        # A wild address here would be a hole in kvmd itself, so it is worth two comparisons.
+        if self._fd < 0 or gpa < 0 or size_bytes < 0 or gpa + size_bytes > self.size_bytes:
+            raise IndexError(f"{size_bytes} bytes at {gpa:#x} are outside {self.name} memory, or it is closed")

@@ -1,0 +1,84 @@
+"""The C library calls that guest memory needs, with errno kept and the GIL released while they run.
+
+``mmap.mmap`` has no PROT_NONE mapping that ctypes may address, and its ``madvise`` holds the GIL while a large
+hole is punched; so the four calls are made directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_munmap = _libc.munmap
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_NORESERVE = 0x4000
+_FALLOC_FL_KEEP_SIZE = 0x1
+_FALLOC_FL_PUNCH_HOLE = 0x2
+
+
+def _error(operation: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{operation}: {os.strerror(number)}")
+
+
+def map_shared(fd: int, size_bytes: int) -> int:
+    """Map all of the file for reading and writing and return the address; no memory is reserved.
+
+    Raises:
+        OSError: ENOMEM where the address space does not suffice.
+    """
+    address = _mmap(None, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_NORESERVE, fd, 0)
+    if address == _MAP_FAILED:
+        raise _error(f"mmap of {size_bytes} bytes")
+    return int(address)
+
+
+def map_inaccessible(size_bytes: int) -> int:
+    """Reserve addresses that nothing can access (PROT_NONE) and return the first one.
+
+    Raises:
+        OSError: ENOMEM where the address space does not suffice.
+    """
+    address = _mmap(None, size_bytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    if address == _MAP_FAILED:
+        raise _error(f"mmap of {size_bytes} inaccessible bytes")
+    return int(address)
+
+
+def unmap(address: int, size_bytes: int) -> None:
+    """Undo a mapping.
+
+    Raises:
+        OSError: the address is not one that was mapped.
+    """
+    if _munmap(address, size_bytes) != 0:
+        raise _error("munmap")
+
+
+def punch_hole(fd: int, offset: int, size_bytes: int) -> None:
+    """Give the file's pages back to the host; they read as zeros from now on (fallocate(2)).
+
+    Raises:
+        OSError: as the file system refuses.
+    """
+    while _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size_bytes) != 0:
+        error = _error(f"punching a hole of {size_bytes} bytes at {offset:#x}")
+        if not isinstance(error, InterruptedError):
+            raise error

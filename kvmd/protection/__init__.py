@@ -1,0 +1,1 @@
+"""How a machine's memory is protected: what answers a conversion."""

@@ -1,0 +1,53 @@
+"""What the conversion service needs of a machine's protection, whatever stands behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvmd.conversion.messages import MmioAccess
+from kvmd.conversion.rules import Failure
+from kvmd.hv.exits import MemoryFault
+from kvmd.ranges import GpaRange, PageState
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """How far a change came.
+
+    Attributes:
+        end: the pages of the range below it are in the new state, the others in the old one.
+        failure: why it did not come to the end, or None.
+    """
+
+    end: int
+    failure: Failure | None = None
+
+
+class Protection(Protocol):
+    """Makes changes real. Called by one thread at a time: the conversion service serialises."""
+
+    def locate(self, gpa: int) -> tuple[int, PageState] | None:
+        """Split a gpa as the accelerator reports it into the plain gpa and the view it belongs to.
+
+        Returns None where it is not guest memory.
+        """
+
+    def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:
+        """Return the plain gpa of a memory fault, and the state that the access needs."""
+
+    def apply(self, range_: GpaRange, to: PageState) -> Applied:
+        """Make all pages of the range live in the state ``to``, in order of address. Never raises."""
+
+    def discard(self, range_: GpaRange, side: PageState) -> None:
+        """Give the memory behind one side of the range back to the host.
+
+        Raises:
+            BackendError: the host refused; nothing else changed.
+        """
+
+    def access(self, state: PageState, access: MmioAccess) -> bytes:
+        """Make a guest's own access, on the live side, and return what a load read."""
+
+    def facts(self) -> dict[str, object]:
+        """Return what the machine's first log line says of it."""

@@ -1,0 +1,71 @@
+"""Half-open ranges of guest-physical addresses, and the two states a page of them can be in."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from kvmd.units import PAGE_MASK, PAGE_SIZE
+
+GPA_LIMIT = 1 << 52
+"""One past the highest guest-physical address of x86 (AMD64 APM volume 2, 5.3: 52 bits)."""
+
+
+class PageState(enum.Enum):
+    """Who can see a page: only the guest (private), or the host's devices too (shared)."""
+
+    PRIVATE = "private"
+    SHARED = "shared"
+
+    @property
+    def opposite(self) -> PageState:
+        """The other state."""
+        return PageState.SHARED if self is PageState.PRIVATE else PageState.PRIVATE
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GpaRange:
+    """Guest-physical addresses ``[start, end)`` in bytes: page-aligned, not empty, without the C-bit.
+
+    Raises:
+        ValueError: empty, unaligned, negative, or reaching past ``GPA_LIMIT``.
+    """
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= GPA_LIMIT:
+            raise ValueError(f"[{self.start:#x}, {self.end:#x}) is empty or not within [0, {GPA_LIMIT:#x})")
+        if (self.start | self.end) & PAGE_MASK:
+            raise ValueError(f"[{self.start:#x}, {self.end:#x}) is not aligned to {PAGE_SIZE} bytes")
+
+    @classmethod
+    def of_size(cls, gpa: int, size_bytes: int) -> GpaRange:
+        """Return ``[gpa, gpa + size_bytes)``."""
+        return cls(gpa, gpa + size_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Length in bytes."""
+        return self.end - self.start
+
+    @property
+    def pages(self) -> int:
+        """Length in 4 KiB pages."""
+        return (self.end - self.start) // PAGE_SIZE
+
+    def overlaps(self, other: GpaRange) -> bool:
+        """Tell whether any page is in both."""
+        return self.start < other.end and other.start < self.end
+
+    def contains(self, other: GpaRange) -> bool:
+        """Tell whether every page of ``other`` is in this range."""
+        return self.start <= other.start and other.end <= self.end
+
+    def touches(self, other: GpaRange) -> bool:
+        """Tell whether the two overlap or are adjacent, so that their union is one range."""
+        return self.start <= other.end and other.start <= self.end
+
+    def __str__(self) -> str:
+        return f"[{self.start:#x}, {self.end:#x})"
