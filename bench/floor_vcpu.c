@@ -243,8 +243,6 @@ static u64 fault_gpa(const struct kvm_run *run)
 	return fault.gpa;
 }
 
-static void *run_vcpu(void *argument);
-
 /* True where the vCPU has ended. */
 static bool handle_exit(struct machine *machine, struct vcpu *vcpu, int result, int error)
 {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from typing import Protocol
@@ -58,10 +59,8 @@ class OutputPump:
         token = trio.lowlevel.current_trio_token()
 
         def wake() -> None:
-            try:
+            with contextlib.suppress(trio.RunFinishedError):  # a vCPU that still prints when all is over
                 token.run_sync_soon(self._wake, idempotent=True)
-            except trio.RunFinishedError:
-                pass  # a vCPU that still prints when all is over
 
         self._buffer.set_wake(wake)
         try:
@@ -74,6 +73,11 @@ class OutputPump:
                 await self._write_what_waits()
         finally:
             self._buffer.set_wake(_nobody)
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether ``run`` ended with something unwritten: nobody read it in time."""
+        return self._scope.cancelled_caught
 
     def end(self) -> None:
         """Make ``run`` return once all is written, at the latest after ``DRAIN_SECONDS``."""

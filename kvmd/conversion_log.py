@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import io
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -33,37 +33,51 @@ SUMMARY_SECONDS = 1.0
 
 
 class _Follower:
-    """A task that follows a ring until ``end`` is called: waits for records, then gathers some more."""
+    """A task that follows a ring until ``end`` is called: waits for records, then lets some more gather."""
 
     def __init__(self, reader: RecordReader) -> None:
         self._reader = reader
         self._ended = trio.Event()
+        self._woken = trio.Event()
 
     def end(self) -> None:
         """Make ``run`` return once it has dealt with all records up to now."""
         self._ended.set()
+        self._woken.set()
 
-    async def _wait_for_records(self, seconds: float = float("inf")) -> None:
-        """Return when something is unread, ``end`` was called, or ``seconds`` have passed."""
-        woken = trio.Event()
-        with trio.move_on_after(seconds):
-            self._reader.wake_once(woken.set)
-            try:
-                async with trio.open_nursery() as nursery:
-
-                    async def wait_for_end() -> None:
-                        await self._ended.wait()
-                        woken.set()
-
-                    nursery.start_soon(wait_for_end)
-                    await woken.wait()
-                    nursery.cancel_scope.cancel()
-            finally:
-                self._reader.forget(woken.set)
+    async def _wait_for_records(self, seconds: float = math.inf) -> None:
+        """Return when something is unread, ``end`` was called, or ``seconds`` (0 or less: at once) have passed."""
+        if not self._ended.is_set():
+            self._woken = trio.Event()
+        wake = self._woken.set
+        self._reader.wake_once(wake)
+        try:
+            with trio.move_on_after(max(0.0, seconds)):
+                await self._woken.wait()
+        finally:
+            self._reader.forget(wake)
 
     async def _gather(self, seconds: float) -> None:
         with trio.move_on_after(seconds):
             await self._ended.wait()
+
+
+class _Lines:
+    """A logger, as structlog wants one, that gathers lines for one write."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def info(self, line: bytes) -> None:
+        """Add one line."""
+        self._bytes += line
+        self._bytes += b"\n"
+
+    def take(self) -> bytes:
+        """Return what was gathered."""
+        taken = bytes(self._bytes)
+        self._bytes.clear()
+        return taken
 
 
 class ConversionFileWriter(_Follower):
@@ -91,9 +105,9 @@ class ConversionFileWriter(_Follower):
         self._writer = writer
         self._machine = machine
         self._log = log
-        self._lines = io.BytesIO()
+        self._lines = _Lines()
         self._event = structlog.wrap_logger(
-            structlog.BytesLogger(self._lines),  # type: ignore[arg-type] # any binary file will do
+            self._lines,
             processors=[render_json],
             wrapper_class=structlog.make_filtering_bound_logger(0),
         ).info
@@ -129,12 +143,9 @@ class ConversionFileWriter(_Follower):
                 self._event("conversions-lost", machine=self._machine, lost=self._lost)
             for record in records:
                 self._event("conversion", **conversion_event(record, self._machine))
-            batch = self._lines.getvalue()
-            self._lines.seek(0)
-            self._lines.truncate()
             self._unwritten = len(records)
             try:
-                await self._writer.write(batch)
+                await self._writer.write(self._lines.take())
             except OSError as error:
                 self._lost += len(records)
                 self._unwritten = 0

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import structlog
 import trio
 
+from kvmd.conversion.changes import Change, Failure, FailureKind, Ticket
 from kvmd.conversion.messages import Answer, ConversionRequest, GuestResult, Outcome
 from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import RecordRing
-from kvmd.conversion.rules import Change, ConversionRules, Failure, FailureKind, Ticket
+from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
 from kvmd.errors import BackendError
 from kvmd.protection.base import Protection

@@ -7,26 +7,41 @@ import json
 import logging
 import time
 from collections.abc import MutableMapping
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Protocol, TextIO, cast
 
 import msgspec
 import structlog
 
 from kvmd.conversion.record import ConversionRecord
+from kvmd.units import format_size
 
 LogFormat = Literal["json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+
+class LogStream(Protocol):
+    """Where log lines go."""
+
+    def write(self, text: str, /) -> int:
+        """Write ``text``, which is whole lines."""
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+
+    def isatty(self) -> bool:
+        """Tell whether people read it on a terminal."""
+
+
 _FIRST_KEYS = ("timestamp", "level", "event")
 
 
-def configure(*, log_format: LogFormat, stream: TextIO, level: LogLevel = "info") -> None:
+def configure(*, log_format: LogFormat, stream: LogStream, level: LogLevel = "info") -> None:
     """Send all log events from ``level`` up to ``stream``, each as one line; the last call holds.
 
     Args:
         log_format: ``json``: one object a line, ``timestamp`` (ISO 8601, UTC), ``level`` and ``event`` first;
             ``console``: for people, in colour only where ``stream`` is a terminal.
-        stream: anything with ``write``, ``flush`` and ``isatty``.
+        stream: where it goes.
         level: the lowest that is shown.
     """
     renderer: structlog.typing.Processor
@@ -43,12 +58,11 @@ def configure(*, log_format: LogFormat, stream: TextIO, level: LogLevel = "info"
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if log_format == "json":
-        processors.append(structlog.processors.format_exc_info)
+    processors.append(structlog.processors.format_exc_info if log_format == "json" else _in_few_words)
     structlog.configure(
         processors=[*processors, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", stream)),
         cache_logger_on_first_use=False,
     )
 
@@ -89,6 +103,21 @@ def render_json(_logger: object, _method: str, event: MutableMapping[str, Any]) 
     except ValueError:
         # Text that is no Unicode, such as a file name of other bytes, and numbers beyond 64 bits.
         return json.dumps(ordered, default=repr).encode()
+
+
+def _in_few_words(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Make one short line of a conversion, which a person sees many of; other events stay as they are."""
+    if event.get("event") != "conversion":
+        return event
+    return {
+        "timestamp": event["timestamp"],
+        "level": event["level"],
+        "event": (
+            f"conversion {event['sequence']}: vcpu {event['vcpu']} {event['cause']} {event['gpa']} "
+            f"{format_size(event['size'])} {event['from'] or 'mixed'} -> {event['to']} {event['outcome']}"
+        ),
+        "us": f"{event['waiting_us']:.0f}+{event['applying_us']:.0f}+{event['discarding_us']:.0f}",
+    }
 
 
 def _render_json_text(logger: object, method: str, event: MutableMapping[str, Any]) -> str:

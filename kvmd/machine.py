@@ -10,8 +10,9 @@ from typing import Self
 import structlog
 import trio
 
+from kvmd.conversion.changes import Limits
 from kvmd.conversion.ring import RecordRing
-from kvmd.conversion.rules import ConversionRules, Limits
+from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
 from kvmd.conversion_service import ConversionService
 from kvmd.devices.console import ConsoleOutput
@@ -19,6 +20,7 @@ from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.devices.uart16550 import Uart16550
 from kvmd.errors import ImageError, MachineStateError
+from kvmd.exit_handler import VcpuSurroundings
 from kvmd.hardware import Hardware, open_kvm
 from kvmd.memory.accessor import HostAccessor
 from kvmd.memory.page_state import PageStateMap
@@ -28,7 +30,7 @@ from kvmd.run_gate import RunGate
 from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
 from kvmd.units import GIB, format_size
-from kvmd.vcpu_tasks import VcpuSurroundings, VcpuTasks
+from kvmd.vcpu_tasks import VcpuTasks
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
@@ -78,8 +80,8 @@ class Machine:
         self._service = ConversionService(
             rules, hardware.protection, memory_lock=memory_lock, stats=self.stats, ring=self.records
         )
-        around = VcpuSurroundings(gate, self._service, hardware.protection, self.ports, self.mmio)
-        self._tasks = VcpuTasks(hardware.vcpus, around, self._on_stopping)
+        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio)
+        self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
             "vcpus": spec.vcpus,
             "memory": format_size(spec.memory),

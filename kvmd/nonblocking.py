@@ -13,8 +13,10 @@ import errno
 import os
 import select
 import stat
+import time
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import trio
 
@@ -101,14 +103,12 @@ class NonBlockingWriter:
                 raise
 
     def close(self) -> None:
-        """Close; harmless the second time. A ``write`` that waits raises ``trio.ClosedResourceError``."""
+        """Close, when no task writes any more; harmless the second time."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            if self._polled:
-                trio.lowlevel.notify_closing(fd)
             os.close(fd)
 
-    def __enter__(self) -> NonBlockingWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -151,3 +151,18 @@ def _can_be_polled(fd: int) -> bool:
 def _whole_lines(chunk: memoryview) -> memoryview:
     """Return the whole lines that ``chunk`` starts with, or all of it where there is none."""
     return chunk[: bytes(chunk).rfind(b"\n") + 1] or chunk
+
+
+def write_within(fd: int, data: bytes, seconds: float) -> None:
+    """Write ``data`` without an event loop, for at most about ``seconds``; what cannot be written is dropped."""
+    deadline = time.monotonic() + seconds
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    rest = memoryview(data)
+    while rest and poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        try:
+            rest = rest[os.write(fd, rest[:_CHUNK]) :]
+        except BlockingIOError:
+            continue
+        except OSError:
+            return

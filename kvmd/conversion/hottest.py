@@ -20,7 +20,7 @@ class HotRange:
 
     Attributes:
         gpa: start in bytes.
-        size_bytes: length in bytes, as asked; nearly always one page.
+        size_bytes: length in bytes; nearly always one page.
         count: conversions, at most ``overcount`` too high.
         overcount: how much of ``count`` may belong to ranges that were dropped.
     """

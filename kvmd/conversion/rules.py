@@ -16,97 +16,20 @@ made in chunks, and between two of them the smaller requests of other vCPUs have
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from kvmd.conversion.changes import Change, Failure, FailureKind, Limits, Ticket
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, Outcome
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
 from kvmd.ranges import GPA_LIMIT, GpaRange, PageState
 from kvmd.stop import Stop, StopReason
-from kvmd.units import MIB, PAGE_MASK, format_size, page_ceil, page_floor
+from kvmd.units import PAGE_MASK, format_size, page_ceil, page_floor
 
 SHORT_TURNS = 8
 """Requests that fit in one chunk and may go before the next chunk of a longer one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a guest may ask of the host.
-
-    Attributes:
-        chunk_bytes: the most memory that one change converts, in bytes.
-        no_progress: how often the same fault may come back with nothing changed before the machine stops.
-        segments: the most intervals of page state: a guest that alternates pages pays with an error, not the
-            host with memory.
-    """
-
-    chunk_bytes: int = 2 * MIB
-    no_progress: int = 8
-    segments: int = 65536
-
-
-class Ticket:
-    """One request on its way, and its answer once it is settled.
-
-    Attributes:
-        request: what was asked.
-        answer: None until settled.
-        came_from: the state before, or None where the range had several or none.
-        merged: how many requests the change answered, 0 where there was none.
-    """
-
-    __slots__ = ("answer", "came_from", "merged", "range", "request")
-
-    def __init__(self, request: ConversionRequest) -> None:
-        self.request = request
-        self.answer: Answer | None = None
-        self.came_from: PageState | None = None
-        self.merged = 0
-        self.range: GpaRange | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One change to make, of at most a chunk.
-
-    Attributes:
-        range: the pages; the first and the last of them change, some between may be in the state already.
-        to: the state.
-        explicit: by hypercall.
-        discard_first: pages whose side that becomes live still holds old contents: they are discarded before
-            it does, or the change fails.
-        tickets: who asked, first come first.
-    """
-
-    range: GpaRange
-    to: PageState
-    explicit: bool
-    discard_first: tuple[GpaRange, ...]
-    tickets: tuple[Ticket, ...]
-
-
-class FailureKind(enum.Enum):
-    """Why a change could not be made, or only in part."""
-
-    SLOTS = "memslots-exhausted"
-    DISCARD_FIRST = "discard-failed"
-    REFUSED = "backend-failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a change could not be made in whole.
-
-    Attributes:
-        kind: what the answer depends on.
-        message: one line for the log, with the error number.
-    """
-
-    kind: FailureKind
-    message: str
 
 
 @dataclass(slots=True)
@@ -287,10 +210,14 @@ class ConversionRules:
     def _needs_change(self, ticket: Ticket, range_: GpaRange) -> bool:
         """Tell whether the request needs a change; answer it if not."""
         request = ticket.request
-        if not self.state.range.contains(range_) or (self._pinned is not None and self._pinned.overlaps(range_)):
+        if not self.state.range.contains(range_):
             self._refuse(ticket)
             return False
         ticket.came_from = self.state.state_of(range_)
+        is_pinned = self._pinned is not None and self._pinned.overlaps(range_)
+        if is_pinned and (request.cause is Cause.EXPLICIT or ticket.came_from is not request.to):
+            self._refuse(ticket)
+            return False
         if ticket.came_from is request.to:
             self._answer_spurious(ticket, range_)
             return False
@@ -437,8 +364,6 @@ class ConversionRules:
                     f"information), which stays as it is: {where}",
                     vcpu=request.vcpu,
                 )
-        elif ticket.range is not None and self.state.range.contains(ticket.range):
-            ticket.came_from = self.state.state_of(ticket.range)
         self._settle(ticket, Answer(Outcome.REFUSED, GuestResult.EINVAL, stop=stop))
 
     def _fail(self, work: _Work, failure: Failure) -> None:

@@ -9,7 +9,7 @@ from kvmd.conversion.hottest import HotRange, HottestRanges
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.conversion.record import ConversionRecord
 from kvmd.ranges import PageState
-from kvmd.units import PAGE_SIZE
+from kvmd.units import PAGE_MASK, PAGE_SIZE
 
 HOTTEST_SHOWN = 16
 """Ranges that a snapshot lists."""
@@ -112,12 +112,14 @@ class ConversionStats:
         else:
             self._total.add(waiting_us)
         if outcome is _CONVERTED:
-            size_bytes = record.size_bytes
+            # An access that arrived as MMIO is a few bytes anywhere in its page.
+            start = record.gpa & ~PAGE_MASK
+            size_bytes = ((record.gpa + record.size_bytes + PAGE_MASK) & ~PAGE_MASK) - start
             if to is _PRIVATE:
                 self._pages_to_private += size_bytes // PAGE_SIZE
             else:
                 self._pages_to_shared += size_bytes // PAGE_SIZE
-            self._hottest.add(record.gpa, size_bytes)
+            self._hottest.add(start, size_bytes)
         if self._first_monotonic_ns is None:
             self._first_monotonic_ns = record.monotonic_ns
         self._last_monotonic_ns = record.monotonic_ns

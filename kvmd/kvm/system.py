@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from kvmd.errors import BackendError, HostError, MissingCapability
-from kvmd.kvm.capabilities import VM_TYPE_NAMES, capability_name
+from kvmd.kvm.capability_table import VM_TYPE_NAMES, capability_name
 from kvmd.kvm.cpuid import CpuidEntry, empty_table, physical_address_bits, read_table, supports_gigabyte_pages
 from kvmd.kvm.fd import OwnedFd
 from kvmd.kvm.ioctl import ioctl, raw_ioctl

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from kvmd.errors import BackendError, MissingCapability
-from kvmd.kvm.capabilities import capability_name
+from kvmd.kvm.capability_table import capability_name
 from kvmd.kvm.fault_layout import FaultLayout
 from kvmd.kvm.fd import OwnedFd
 from kvmd.kvm.guest_memfd import GuestMemfd

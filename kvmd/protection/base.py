@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvmd.conversion.changes import Failure
 from kvmd.conversion.messages import MmioAccess
-from kvmd.conversion.rules import Failure
 from kvmd.hv.exits import MemoryFault
 from kvmd.ranges import GpaRange, PageState
 
@@ -27,10 +27,10 @@ class Applied:
 class Protection(Protocol):
     """Makes changes real. Called by one thread at a time: the conversion service serialises."""
 
-    def locate(self, gpa: int) -> tuple[int, PageState] | None:
+    def locate(self, gpa: int) -> tuple[int, PageState | None]:
         """Split a gpa as the accelerator reports it into the plain gpa and the view it belongs to.
 
-        Returns None where it is not guest memory.
+        The view is None where it is not guest memory.
         """
 
     def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import Generic, Protocol, TypeVar
 
+from kvmd.conversion.changes import Failure, FailureKind
 from kvmd.conversion.messages import MmioAccess
-from kvmd.conversion.rules import Failure, FailureKind
 from kvmd.errors import BackendError, HostError, SlotsExhausted
 from kvmd.hv.exits import MemoryFault
 from kvmd.memory import libc
@@ -156,11 +156,11 @@ class EmulatedProtection(Generic[F]):
             "memslots_free": len(self._free),
         }
 
-    def locate(self, gpa: int) -> tuple[int, PageState] | None:
-        """Split a reported gpa into the plain one and its view; None outside memory."""
+    def locate(self, gpa: int) -> tuple[int, PageState | None]:
+        """Split a reported gpa into the plain one and its view, which is None outside memory."""
         plain = gpa & ~self._mask
         if plain >= self._size:
-            return None
+            return plain, None
         return plain, PageState.PRIVATE if gpa & self._mask else PageState.SHARED
 
     def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kvmd.conversion.changes import Failure, FailureKind
 from kvmd.conversion.messages import MmioAccess
-from kvmd.conversion.rules import Failure, FailureKind
 from kvmd.hv.exits import MemoryFault
 from kvmd.protection.base import Applied
 from kvmd.ranges import GpaRange, PageState
@@ -21,9 +21,9 @@ class NoProtection:
     def __init__(self, size_bytes: int) -> None:
         self._size = size_bytes
 
-    def locate(self, gpa: int) -> tuple[int, PageState] | None:
+    def locate(self, gpa: int) -> tuple[int, PageState | None]:
         """Return the gpa as it is, in the only view; None outside memory."""
-        return (gpa, PageState.SHARED) if gpa < self._size else None
+        return gpa, PageState.SHARED if gpa < self._size else None
 
     def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:
         """Return what the fault's own flags say."""
@@ -39,7 +39,7 @@ class NoProtection:
     def discard(self, range_: GpaRange, side: PageState) -> None:
         """Do nothing: no side is ever left behind."""
 
-    def access(self, state: PageState, access: MmioAccess) -> bytes:
+    def access(self, state: PageState, access: MmioAccess) -> bytes:  # noqa: ARG002 - the protocol has it
         """Answer like an address that nothing backs; KVM does not ask for memory that a memslot backs."""
         return b"" if access.data is not None else b"\xff" * access.size
 

@@ -67,6 +67,13 @@ def test_pages_are_counted_by_direction_and_only_when_converted() -> None:
     assert (snapshot.pages_to_shared, snapshot.pages_to_private) == (1, 512)
 
 
+def test_a_few_bytes_that_arrived_as_mmio_are_one_conversion_of_their_page() -> None:
+    access = dataclasses.replace(RECORD, gpa=0x5C10, size_bytes=8)
+    snapshot = stats_of(RECORD, access).snapshot()
+    assert snapshot.pages_to_shared == 2
+    assert [(hot.gpa, hot.size_bytes, hot.count) for hot in snapshot.hottest] == [(0x5000, PAGE_SIZE, 2)]
+
+
 def test_a_request_without_a_change_counts_for_waiting_and_total_only() -> None:
     snapshot = stats_of(RECORD, SPURIOUS).snapshot()
     assert (snapshot.waiting.count, snapshot.total.count) == (2, 2)

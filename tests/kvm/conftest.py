@@ -1,18 +1,14 @@
-"""The gate to /dev/kvm, and a tiny guest."""
+"""A tiny guest."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
-import os
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from kvmd.errors import HostError
 from kvmd.hv.vcpu import Registers
 from kvmd.kvm.fault_layout import MERGED
 from kvmd.kvm.system import Kvm
@@ -26,41 +22,6 @@ PRESENT_WRITABLE_USER = 0x7
 LARGE_PAGE = 0x80
 IOPL_3 = 0x3000
 RFLAGS_FIXED = 0x2
-
-
-def open_fds() -> set[str]:
-    """Return this process's descriptors, less the one that lists them."""
-    found = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.add(f"{entry.name} {entry.readlink()}")
-    return {text for text in found if "/proc/" not in text}
-
-
-@pytest.fixture
-def fds() -> Callable[[], set[str]]:
-    return open_fds
-
-
-@pytest.fixture
-def kvm() -> Iterator[Kvm]:
-    gate = os.environ.get("KVMD_TEST_KVM", "auto")
-    if gate == "off":
-        pytest.skip("KVMD_TEST_KVM=off")
-    try:
-        device = Kvm.open()
-    except HostError as error:
-        if gate == "required":
-            pytest.fail(f"KVMD_TEST_KVM=required, but {error}")
-        pytest.skip(str(error))
-    with device:
-        yield device
-
-
-@pytest.fixture
-def vm(kvm: Kvm) -> Iterator[Vm]:
-    with kvm.create_vm() as machine:
-        yield machine
 
 
 @pytest.fixture

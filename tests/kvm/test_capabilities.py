@@ -6,7 +6,8 @@ import pytest
 
 from kvmd.errors import HostError, MissingCapability
 from kvmd.kvm import uapi
-from kvmd.kvm.capabilities import CAPABILITIES, Scope, capability_name, offered_vm_types, probe
+from kvmd.kvm.capabilities import offered_vm_types, probe
+from kvmd.kvm.capability_table import CAPABILITIES, Scope, capability_name
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
 
@@ -37,7 +38,7 @@ def test_offered_types(bitmap: int, types: tuple[int, ...]) -> None:
 
 
 @pytest.mark.kvm
-def test_probing_leaves_nothing_open(kvm: Kvm, fds: Callable[[], set[str]]) -> None:
+def test_probing_leaves_nothing_open(kvm: Kvm, fds: Callable[[], frozenset[str]]) -> None:
     before = fds()
     reports = probe(kvm)
     assert fds() == before

@@ -47,7 +47,7 @@ def test_repr_of_an_open_one_tells_the_number() -> None:
         assert repr(owned) == f"<OwnedFd nothing: fd {owned.fileno()}>"
 
 
-def test_a_leak_warns_and_is_closed(fds: Callable[[], set[str]], recwarn: pytest.WarningsRecorder) -> None:
+def test_a_leak_warns_and_is_closed(fds: Callable[[], frozenset[str]], recwarn: pytest.WarningsRecorder) -> None:
     before = fds()
     owned = new()
     del owned

@@ -34,7 +34,7 @@ def test_a_missing_node_tells_all_three_remedies(tmp_path: Path) -> None:
         assert remedy in message
 
 
-def test_a_plain_file_is_no_kvm_device(tmp_path: Path, fds: Callable[[], set[str]]) -> None:
+def test_a_plain_file_is_no_kvm_device(tmp_path: Path, fds: Callable[[], frozenset[str]]) -> None:
     node = tmp_path / "kvm"
     node.touch()
     before = fds()
@@ -129,7 +129,7 @@ def test_a_node_behind_a_closed_directory(tmp_path: Path) -> None:
     assert "make its directory searchable" in message
 
 
-def test_another_version_of_the_api(monkeypatch: pytest.MonkeyPatch, fds: Callable[[], set[str]]) -> None:
+def test_another_version_of_the_api(monkeypatch: pytest.MonkeyPatch, fds: Callable[[], frozenset[str]]) -> None:
     monkeypatch.setattr(system, "ioctl", lambda *_args: 11)
     before = fds()
     assert "speaks version 11 of the KVM API, kvmd needs 12" in failure(os.devnull)
@@ -164,7 +164,7 @@ def test_a_type_that_nobody_offers(kvm: Kvm) -> None:
 
 
 @pytest.mark.kvm
-def test_nothing_is_left_open(kvm: Kvm, fds: Callable[[], set[str]]) -> None:
+def test_nothing_is_left_open(kvm: Kvm, fds: Callable[[], frozenset[str]]) -> None:
     before = fds()
     with Kvm.open() as device, device.create_vm() as vm:
         assert fds() != before

@@ -297,7 +297,7 @@ def test_eagain_is_an_interruption(boot: Boot, monkeypatch: pytest.MonkeyPatch) 
     assert vcpu.run() == Interrupted()
 
 
-def test_closing_twice_leaves_nothing_open(vm: Vm, fds: Callable[[], set[str]]) -> None:
+def test_closing_twice_leaves_nothing_open(vm: Vm, fds: Callable[[], frozenset[str]]) -> None:
     before = fds()
     vcpu = vm.create_vcpu(0, MERGED)
     vcpu.prepare_thread()
@@ -313,7 +313,7 @@ def test_closing_twice_leaves_nothing_open(vm: Vm, fds: Callable[[], set[str]]) 
 
 
 def test_a_page_that_cannot_be_mapped_closes_the_vcpu(
-    vm: Vm, fds: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
+    vm: Vm, fds: Callable[[], frozenset[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_fd: int, _size: int) -> NoReturn:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")

@@ -16,6 +16,7 @@ from kvmd.kvm.system import Kvm
 from kvmd.kvm.vcpu import KvmVcpu
 from kvmd.kvm.vm import Vm
 from kvmd.ranges import GpaRange
+from tests.gate import Facility, require
 
 pytestmark = pytest.mark.kvm
 
@@ -26,8 +27,8 @@ STORE_THEN_OUT = b"\x88\x04\x25\x00\x00\x20\x00\xe6\x12"  # mov [0x200000], al; 
 
 def need_tripwires(vm: Vm) -> None:
     flags = vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
-    if flags & TRIPWIRE != TRIPWIRE:
-        pytest.skip(f"KVM_CAP_GUEST_MEMFD_FLAGS is {flags}: no tripwires in a plain VM")
+    missing = f"KVM_CAP_GUEST_MEMFD_FLAGS is {flags}: no tripwires in a plain VM"
+    require(Facility.KVM, None if flags & TRIPWIRE == TRIPWIRE else missing)
 
 
 def test_an_overlap_is_told_with_its_slot(vm: Vm, ram: int) -> None:
@@ -134,7 +135,7 @@ def test_enabling_capabilities(vm: Vm) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
-def test_a_vcpu_number_is_used_once(vm: Vm, fds: Callable[[], set[str]]) -> None:
+def test_a_vcpu_number_is_used_once(vm: Vm, fds: Callable[[], frozenset[str]]) -> None:
     vcpu = vm.create_vcpu(0, MERGED)
     before = fds()
     with pytest.raises(BackendError, match="cannot create vCPU 0: File exists") as caught:

@@ -1,0 +1,51 @@
+# Everything from a fresh machine with python3, python3-venv and make: `make demo`, `make test`, `make check`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check format guests bench lock clean
+
+help: ## Show what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Built aside and stamped last, so that an interrupted set-up is done again and a finished one is not.
+$(READY): requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## Run the built-in guests and show their conversions
+	$(BIN)/kvmd demo
+
+test: $(READY) ## Run all tests
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(READY) ## Lint, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_dependencies.py
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+guests: ## Rebuild the payload guests with the GNU toolchain
+	$(MAKE) -C kvmd/guests/src
+
+bench: $(READY) ## Measure, as ratios in one run
+	$(BIN)/python -m bench
+
+lock: ## Pin all dependencies again
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check pip-tools
+	cd requirements && ../$(VENV)-lock/bin/pip-compile --quiet --extra dev --generate-hashes --allow-unsafe \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --strip-extras \
+	  --output-file dev.txt ../pyproject.toml
+	rm -rf $(VENV)-lock
+
+clean: ## Remove what was built and set up
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,143 @@
+"""One machine in the foreground: its console, its log, its conversions and the operator's signals around it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import asdict
+
+import structlog
+import trio
+
+from kvmd.console_pump import OutputPump
+from kvmd.conversion.messages import Outcome
+from kvmd.conversion_log import ConversionFileWriter, ConversionSampler
+from kvmd.log_buffer import LogBuffer
+from kvmd.machine import Machine
+from kvmd.nonblocking import NonBlockingWriter, write_within
+from kvmd.stop import ExitStatus, Stop, StopReason
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Foreground:
+    """Runs one machine and everything that the operator sees of it.
+
+    Args:
+        machine: opened, not yet run.
+        stdout: for the guest's console.
+        stderr: for the log.
+        conversions: for every conversion, or None.
+        log_buffer: what the log was configured to write to.
+        samples: whether the log shows conversions as they happen.
+        log: for the command's own events.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        stdout: NonBlockingWriter,
+        stderr: NonBlockingWriter,
+        conversions: NonBlockingWriter | None,
+        log_buffer: LogBuffer,
+        samples: bool,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self._machine = machine
+        self._log = log
+        self._log_pump = OutputPump(log_buffer, stderr, _nobody_to_tell)
+        self._console_pump = OutputPump(machine.console, stdout, self._console_failed)
+        name = machine.spec.name
+        self._followers: list[ConversionFileWriter | ConversionSampler] = []
+        if conversions is not None:
+            reader = machine.records.reader(from_oldest=True)
+            self._followers.append(ConversionFileWriter(reader, conversions, machine=name, log=log))
+        if samples:
+            reader = machine.records.reader(from_oldest=True)
+            self._followers.append(ConversionSampler(reader, machine=name, log=log))
+
+    async def run(self) -> Stop:
+        """Run the machine to its end, write out what there is, and log the end."""
+        async with trio.open_nursery() as outer:
+            outer.start_soon(self._log_pump.run)
+            async with trio.open_nursery() as inner:
+                await inner.start(watch_signals, self._machine, self._log)
+                stop = await self._run_machine()
+                inner.cancel_scope.cancel()
+            self._log_end(stop)
+            self._log_pump.end()
+        return stop
+
+    async def _run_machine(self) -> Stop:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._console_pump.run)
+            for follower in self._followers:
+                nursery.start_soon(follower.run)
+            stop = await self._machine.run()
+            self._console_pump.end()
+            for follower in self._followers:
+                follower.end()
+        if self._console_pump.cut_short:
+            self._log.warning("console-output-unread", consequence="the last of it is lost")
+        return stop
+
+    def _log_end(self, stop: Stop) -> None:
+        """Log what was odd, and as the last line why the machine ended and what it did."""
+        machine = self._machine
+        log = self._log.bind(machine=machine.spec.name)
+        if machine.ports.unclaimed:
+            ports = [hex(port) for port in machine.ports.unclaimed_ports]
+            log.warning("ports-unclaimed", accesses=machine.ports.unclaimed, first_ports=ports)
+        if machine.mmio.unclaimed:
+            addresses = [hex(gpa) for gpa in machine.mmio.unclaimed_addresses]
+            log.warning("addresses-unclaimed", accesses=machine.mmio.unclaimed, first_gpas=addresses)
+        quiet = stop.reason in {StopReason.GUEST_EXIT, StopReason.OPERATOR}
+        if stop.registers is not None and not quiet:
+            values = {name: hex(value) for name, value in asdict(stop.registers).items()}
+            log.error("registers", vcpu=stop.vcpu, **values)
+        snapshot = machine.stats.snapshot()
+        (log.info if quiet else log.error)(
+            "machine-stopped",
+            reason=stop.reason.value,
+            message=stop.message,
+            status=stop.status,
+            **({} if stop.vcpu is None else {"vcpu": stop.vcpu}),
+            **{outcome.value: snapshot.requests(outcome=outcome) for outcome in Outcome},
+        )
+
+    def _console_failed(self, error: OSError) -> None:
+        self._log.warning("console-output-lost", problem=error.strerror, consequence="the guest goes on")
+
+
+async def watch_signals(
+    machine: Machine,
+    log: structlog.typing.FilteringBoundLogger,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Stop ``machine`` at the first signal of the operator's, and end this process at once at the second."""
+    # One that was ignored when kvmd started (nohup) stays ignored.
+    signals = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    with trio.open_signal_receiver(*signals) as received:
+        task_status.started()
+        async for number in received:
+            # A plain handler from now on: it runs even where the event loop itself hangs.
+            for again in signals:
+                signal.signal(again, end_at_once)
+            log.warning("stopping", signal=signal.Signals(number).name, hint="once more to end at once")
+            machine.stop()
+
+
+def end_at_once(number: int, _frame: object) -> None:
+    """End this process without cleaning up: the kernel frees the guest with it."""
+    # The cursor, which a progress display may have hidden, comes back with the line.
+    last_words = f"kvmd: ended at once by a second {signal.Signals(number).name}\n".encode()
+    if os.isatty(2):
+        last_words = b"\r\x1b[?25h" + last_words
+    write_within(2, last_words, 0.1)
+    os._exit(ExitStatus.KILLED)
+
+
+def _nobody_to_tell(_error: OSError) -> None:
+    """Bear it: a log that cannot be written has no place to say so."""

@@ -1,0 +1,138 @@
+"""What a host can do for kvmd, made of the answers of its KVM: no I/O here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmd.kvm import uapi
+from kvmd.kvm.capabilities import CapabilityReport
+from kvmd.kvm.capability_table import VM_TYPE_NAMES
+from kvmd.kvm.fault_layout import choose_layout
+
+_MMAP_AND_INIT_SHARED = 3
+_NOT_BUILT_YET = "not built yet"
+_PROTECTION_VM_TYPES = {
+    "guest-memfd": uapi.KVM_X86_SW_PROTECTED_VM,
+    "snp": uapi.KVM_X86_SNP_VM,
+    "tdx": uapi.KVM_X86_TDX_VM,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """A host in kvmd's eyes.
+
+    Attributes:
+        usable: whether guests can run.
+        fault_layout: the name of the layout that memory faults are decoded with.
+        tripwires: the kinds that work here, the one that ``auto`` takes first.
+        protections: every kind by name: None where it works here, else why not.
+        vcpus: the most that a machine can have, and how many KVM recommends; 0 where it does not say.
+        memslots: the most that a machine can have.
+        capabilities: the answers themselves.
+    """
+
+    usable: bool
+    fault_layout: str
+    tripwires: tuple[str, ...]
+    protections: dict[str, str | None]
+    vcpus: tuple[int, int]
+    memslots: int
+    capabilities: tuple[CapabilityReport, ...]
+
+    @property
+    def missing(self) -> tuple[CapabilityReport, ...]:
+        """The capabilities that KVM lacks, or could not be asked for, in any type of VM."""
+        return tuple(report for report in self.capabilities if not report.value)
+
+
+def report_of(reports: Sequence[CapabilityReport]) -> HostReport:
+    """Return what the answers mean."""
+    plain = {r.capability.name: r.value or 0 for r in reports if r.vm_type in (None, uapi.KVM_X86_DEFAULT_VM)}
+    offered = {report.vm_type for report in reports if report.value is not None}
+    usable = all(report.value for report in reports if report.capability.required)
+    unusable = None if usable else "no guest can run on this host"
+    has_memfd = plain.get("KVM_CAP_GUEST_MEMFD_FLAGS", 0) & _MMAP_AND_INIT_SHARED == _MMAP_AND_INIT_SHARED
+    protections = {"emulated": unusable, "none": unusable}
+    for name, vm_type in _PROTECTION_VM_TYPES.items():
+        lacking = "" if vm_type in offered else f"; no {VM_TYPE_NAMES[vm_type]} here"
+        protections[name] = _NOT_BUILT_YET + lacking
+    recommended = plain.get("KVM_CAP_NR_VCPUS", 0)
+    return HostReport(
+        usable=usable,
+        fault_layout=choose_layout(memory_fault_info=plain.get("KVM_CAP_MEMORY_FAULT_INFO", 0) > 0).name,
+        tripwires=(*(("guest_memfd",) if has_memfd else ()), "hole"),
+        protections=protections,
+        vcpus=(plain.get("KVM_CAP_MAX_VCPUS", 0) or recommended, recommended),
+        memslots=plain.get("KVM_CAP_NR_MEMSLOTS", 0),
+        capabilities=tuple(reports),
+    )
+
+
+def as_json(report: HostReport) -> dict[str, object]:
+    """Return the report as plain data for ``kvmd check --json``."""
+    return {
+        "usable": report.usable,
+        "fault_layout": report.fault_layout,
+        "tripwires": list(report.tripwires),
+        "protections": {
+            name: {"usable": problem is None, "problem": problem} for name, problem in report.protections.items()
+        },
+        "max_vcpus": report.vcpus[0],
+        "recommended_vcpus": report.vcpus[1],
+        "memslots": report.memslots,
+        "capabilities": [
+            {
+                "name": entry.capability.name,
+                "vm_type": _vm_type_name(entry.vm_type),
+                "value": entry.value,
+                "problem": entry.problem,
+                "required": entry.capability.required,
+                "purpose": entry.capability.purpose,
+                "without": entry.capability.without,
+            }
+            for entry in report.capabilities
+        ],
+    }
+
+
+def as_text(report: HostReport) -> str:
+    """Return the report for a person, in lines of at most 79 columns where names allow."""
+    working = [name for name, problem in report.protections.items() if problem is None]
+    lines = [
+        "kvmd can run guests on this host." if report.usable else "kvmd cannot run guests on this host.",
+        "",
+        f"  memory faults  layout {report.fault_layout}",
+        f"  tripwires      {', '.join(report.tripwires)}   ({report.tripwires[0]} is used by default)",
+        f"  protection     {', '.join(working) or 'none works here'}",
+        *(f"  {'':14} {name}: {problem}" for name, problem in report.protections.items() if problem),
+        f"  vCPUs          up to {report.vcpus[0]}, {report.vcpus[1]} recommended",
+        f"  memslots       {report.memslots}",
+        "",
+        "What KVM can do:",
+        *(f"  {_title(entry):38} {entry.value}" for entry in report.capabilities if entry.value),
+    ]
+    if report.missing:
+        lines += ["", "What it lacks, and what that costs:"]
+        for entry in report.missing:
+            needed = "   (kvmd needs it)" if entry.capability.required else ""
+            lines += [
+                f"  {_title(entry)}{needed}",
+                f"    {'for':8} {entry.capability.purpose}",
+                f"    {'without':8} {entry.capability.without}",
+            ]
+            if entry.problem:
+                lines.append(f"    {'because':8} {entry.problem}")
+    return "\n".join(lines)
+
+
+def _title(entry: CapabilityReport) -> str:
+    """Return the capability's name, with the type of VM where that is not the plain one."""
+    if entry.vm_type in (None, uapi.KVM_X86_DEFAULT_VM):
+        return entry.capability.name
+    return f"{entry.capability.name} of {_vm_type_name(entry.vm_type)}"
+
+
+def _vm_type_name(vm_type: int | None) -> str | None:
+    return None if vm_type is None else VM_TYPE_NAMES.get(vm_type, f"type {vm_type}")

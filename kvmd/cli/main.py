@@ -1,0 +1,122 @@
+"""The ``kvmd`` command: finds the subcommand, and turns every failure into one line and an exit status.
+
+Subcommands are imported when they are called: a guest's first instruction should not wait for the imports of
+commands that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from kvmd import __version__
+from kvmd.cli.startup import import_structlog_without_rich
+from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
+from kvmd.stop import ExitStatus
+
+COMMANDS = {
+    "check": "Say what this host can do, and what it cannot.",
+    "run": "Run one guest in the foreground.",
+    "demo": "Run the built-in guests, and show what they converted.",
+}
+"""Subcommands with their short help: each is the click command of its name in ``kvmd.cli``'s module of its name."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the help."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        import_structlog_without_rich()
+        command = getattr(importlib.import_module(f"kvmd.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)  # noqa: S101 - a module of ours that breaks its one rule is a bug
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="kvmd", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Run KVM guests whose memory is shared or private, and watch every conversion between the two."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its status."""
+    sys.exit(run_cli(arguments))
+
+
+def run_cli(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: those after the program's name; by default this process's.
+    """
+    try:
+        status: Any = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="kvmd", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except click.ClickException as error:
+        return _usage_error(error)
+    except BrokenPipeError:
+        # Whoever read the output has enough of it: that is how `kvmd check | head` ends. Python would complain
+        # about the rest of the output at exit.
+        sys.stdout = None
+        return 0
+    except (click.Abort, KeyboardInterrupt):
+        return ExitStatus.STOPPED
+    except Exception as error:  # noqa: BLE001 - the one place that says what becomes of a bug
+        return _failure(error)
+    return int(status or 0)
+
+
+def _usage_error(error: click.ClickException) -> int:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = "" if context is None else f" (see '{context.command_path} --help')"
+    _say(error.format_message() + hint)
+    return ExitStatus.CONFIG
+
+
+def _failure(error: BaseException) -> int:
+    # Nurseries wrap what ends them, even where it is the only one.
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    match error:
+        case ConfigError() | ImageError():
+            _say(str(error))
+            return ExitStatus.CONFIG
+        case HostError():
+            _say(str(error))
+            return ExitStatus.HOST
+        case KvmdError():
+            _say(str(error))
+            return ExitStatus.HOST_FAULT
+        case KeyboardInterrupt():
+            return ExitStatus.STOPPED
+        case _:
+            traceback.print_exception(error)
+            _say("that is a bug of kvmd's: please report it, with the lines above")
+            return ExitStatus.INTERNAL
+
+
+def _say(message: str) -> None:
+    lines = " ".join(message.split())
+    print(f"kvmd: error: {lines}", file=sys.stderr)

@@ -1,0 +1,164 @@
+"""What a demo ends with: conversions, latencies, hottest pages and the map of memory, for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kvmd.cli.picture import ASCII, BLOCKS, Palette, picture
+from kvmd.conversion.messages import Cause, Outcome
+from kvmd.conversion.stats import StatsSnapshot
+from kvmd.ranges import GpaRange, PageState
+from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE, format_size
+
+HOTTEST_SHOWN = 5
+_PICTURE_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GuestResult:
+    """One guest that has ended.
+
+    Attributes:
+        name: the guest's.
+        stop: why it ended.
+        seconds: how long it ran.
+        stats: its conversions.
+        memory_map: its memory at the end, in order.
+        memory_bytes: size of its memory.
+        pinned: memory that never converts.
+    """
+
+    name: str
+    stop: Stop
+    seconds: float
+    stats: StatsSnapshot
+    memory_map: tuple[tuple[GpaRange, PageState], ...]
+    memory_bytes: int
+    pinned: GpaRange
+
+    @property
+    def passed(self) -> bool:
+        """Whether the guest ended by itself and found everything as it should be."""
+        return self.stop.reason is StopReason.GUEST_EXIT and self.stop.status == 0
+
+
+def summary(results: Sequence[GuestResult], *, unicode: bool) -> RenderableType:
+    """Return the summary of guests that have ended."""
+    converting = [result for result in results if result.stats.conversions]
+    parts: list[RenderableType] = [_outcomes(results, unicode=unicode)]
+    if converting:
+        parts += [_latencies(converting, unicode=unicode), _hottest(converting, unicode=unicode)]
+    parts += [_memory(result, unicode=unicode) for result in converting]
+    return Group(*(item for part in parts for item in (part, Text())))
+
+
+def colored_picture(drawn: str, palette: Palette) -> Text:
+    """Return a picture with its cells coloured; the text stays the same."""
+    text = Text(drawn, no_wrap=True)
+    for character, style in (
+        (palette.private, "green"),
+        (palette.shared, "yellow"),
+        (palette.mixed, "cyan"),
+        (palette.pinned, "blue"),
+    ):
+        for at, found in enumerate(drawn):
+            if found == character:
+                text.stylize(style, at, at + 1)
+    return text
+
+
+def palette_for(*, unicode: bool) -> Palette:
+    """Return the characters that a terminal can show."""
+    return BLOCKS if unicode else ASCII
+
+
+def is_unicode(console: Console) -> bool:
+    """Tell whether ``console`` can show block characters."""
+    return console.encoding.lower().startswith("utf")
+
+
+def _table(title: str, *, unicode: bool) -> Table:
+    style = box.SIMPLE_HEAD if unicode else box.ASCII2
+    return Table(title=title, title_justify="left", title_style="bold", box=style, pad_edge=False, show_edge=False)
+
+
+def _outcomes(results: Sequence[GuestResult], *, unicode: bool) -> Table:
+    """Conversions by cause and direction, and how the other requests ended: guests across, kinds down."""
+    table = _table("Conversions", unicode=unicode)
+    table.add_column("")
+    for result in results:
+        table.add_column(result.name, justify="right")
+    arrow = "→" if unicode else "->"
+    for cause in Cause:
+        for to in (PageState.SHARED, PageState.PRIVATE):
+            counts = [r.stats.requests(cause=cause, to=to, outcome=Outcome.CONVERTED) for r in results]
+            table.add_row(f"{cause.value} {to.opposite.value} {arrow} {to.value}", *map(_count, counts))
+    table.add_section()
+    for outcome in Outcome:
+        if outcome is Outcome.CONVERTED:
+            continue
+        counts = [result.stats.requests(outcome=outcome) for result in results]
+        if any(counts):
+            table.add_row(f"{outcome.value} (nothing changed)", *map(_count, counts))
+    table.add_row("pages converted", *(_count(r.stats.pages_to_private + r.stats.pages_to_shared) for r in results))
+    table.add_row("conversions a second", *(_count(round(r.stats.conversions_per_second)) for r in results))
+    table.add_row("seconds", *(f"{result.seconds:.2f}" for result in results))
+    return table
+
+
+def _latencies(results: Sequence[GuestResult], *, unicode: bool) -> Table:
+    micro = "µs" if unicode else "us"
+    table = _table(f"Latency in {micro}, from a vCPU's exit to its answer", unicode=unicode)
+    for heading in ("", "part"):
+        table.add_column(heading)
+    for heading in ("median", "90 %", "99 %", "longest"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        stats = result.stats
+        parts = (
+            ("waiting", stats.waiting),
+            ("applying", stats.applying),
+            ("discarding", stats.discarding),
+            ("total", stats.total),
+        )
+        for row, (part, latency) in enumerate(parts):
+            values = (latency.p50, latency.p90, latency.p99, latency.maximum)
+            table.add_row("" if row else result.name, part, *(f"{value:,.0f}" for value in values))
+        table.add_section()
+    return table
+
+
+def _hottest(results: Sequence[GuestResult], *, unicode: bool) -> Table:
+    table = _table("Hottest pages: how often each was converted", unicode=unicode)
+    for result in results:
+        table.add_column(result.name)
+    for rank in range(HOTTEST_SHOWN):
+        cells = []
+        for result in results:
+            if rank >= len(result.stats.hottest):
+                cells.append("")
+                continue
+            hot = result.stats.hottest[rank]
+            size = "" if hot.size_bytes == PAGE_SIZE else f" ({format_size(hot.size_bytes)})"
+            cells.append(f"{hot.gpa:#x}{size} {hot.count:,}")
+        if any(cells):
+            table.add_row(*cells)
+    return table
+
+
+def _memory(result: GuestResult, *, unicode: bool) -> RenderableType:
+    palette = palette_for(unicode=unicode)
+    drawn = picture(result.memory_map, result.memory_bytes, pinned=result.pinned, rows=_PICTURE_ROWS, palette=palette)
+    title = Text(f"Memory of {result.name} at its end", style="bold")
+    return Group(title, colored_picture(drawn, palette))
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else "-"

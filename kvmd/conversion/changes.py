@@ -1,0 +1,87 @@
+"""What the rules of conversion deal in: tickets on their way, the changes to be made, and why one failed."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from kvmd.conversion.messages import Answer, ConversionRequest
+from kvmd.ranges import GpaRange, PageState
+from kvmd.units import MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a guest may ask of the host.
+
+    Attributes:
+        chunk_bytes: the most memory that one change converts, in bytes.
+        no_progress: how often the same fault may come back with nothing changed before the machine stops.
+        segments: the most intervals of page state: a guest that alternates pages pays with an error, not the
+            host with memory.
+    """
+
+    chunk_bytes: int = 2 * MIB
+    no_progress: int = 8
+    segments: int = 65536
+
+
+class Ticket:
+    """One request on its way, and its answer once it is settled.
+
+    Attributes:
+        request: what was asked.
+        answer: None until settled.
+        came_from: the state before, or None where the range had several or none.
+        merged: how many requests the change answered, 0 where there was none.
+    """
+
+    __slots__ = ("answer", "came_from", "merged", "range", "request")
+
+    def __init__(self, request: ConversionRequest) -> None:
+        self.request = request
+        self.answer: Answer | None = None
+        self.came_from: PageState | None = None
+        self.merged = 0
+        self.range: GpaRange | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change to make, of at most a chunk.
+
+    Attributes:
+        range: the pages; the first and the last of them change, some between may be in the state already.
+        to: the state.
+        explicit: by hypercall.
+        discard_first: pages whose side that becomes live still holds old contents: they are discarded before
+            it does, or the change fails.
+        tickets: who asked, first come first.
+    """
+
+    range: GpaRange
+    to: PageState
+    explicit: bool
+    discard_first: tuple[GpaRange, ...]
+    tickets: tuple[Ticket, ...]
+
+
+class FailureKind(enum.Enum):
+    """Why a change could not be made, or only in part."""
+
+    SLOTS = "memslots-exhausted"
+    DISCARD_FIRST = "discard-failed"
+    REFUSED = "backend-failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a change could not be made in whole.
+
+    Attributes:
+        kind: what the answer depends on.
+        message: one line for the log, with the error number.
+    """
+
+    kind: FailureKind
+    message: str

@@ -1,0 +1,291 @@
+"""What is done about each exit of a vCPU, in that vCPU's thread.
+
+Port I/O and MMIO are served here and now; memory faults and explicit requests go to the conversion service.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE, explicit_request
+from kvmd.conversion.livelock import LivelockWatch
+from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion_service import ConversionService, Waiter
+from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.ports import PortBus
+from kvmd.errors import BackendError
+from kvmd.hv.exits import (
+    BadMemoryFault,
+    EmulationFailure,
+    Exit,
+    FaultDefect,
+    Halted,
+    Hypercall,
+    Interrupted,
+    MemoryFault,
+    Mmio,
+    PortIo,
+    Shutdown,
+    SystemEvent,
+    UnexpectedExit,
+)
+from kvmd.hv.vcpu import Registers, Vcpu
+from kvmd.protection.base import Protection
+from kvmd.ranges import PageState
+from kvmd.stop import RESERVED_STATUSES, Stop, StopReason
+from kvmd.units import PAGE_SIZE, page_floor
+
+EXIT_PORT = 0xF4
+"""OUT of a byte here ends the vCPU with that exit status."""
+
+CONVERSION_PORT = 0xC2
+"""OUT of KVM_HC_MAP_GPA_RANGE here asks for an explicit conversion, where the guest cannot make a hypercall."""
+
+_FETCH_RETRIES = 6
+"""How often a failed fetch is tried again while memslots change, before it counts as the guest's own failure."""
+
+_DEFECT_TEXT = {
+    FaultDefect.UNKNOWN_FLAGS: "memory fault with flags that this kvmd does not know",
+    FaultDefect.POISONED: "the host's memory behind this page is broken (EHWPOISON)",
+    FaultDefect.NO_INFORMATION: "memory fault without information: no host memory behind a mapped page",
+    FaultDefect.OUT_OF_MEMORY: "the host has no memory for this page",
+}
+
+
+class Next(enum.Enum):
+    """What the thread does after an exit, where it does not end."""
+
+    ENTER = "enter"
+    """Enter the guest again."""
+    COMPLETE = "complete"
+    """The same, but the exit is finished only by that entry: a pause has to wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuEnded:
+    """The guest ended this vCPU.
+
+    Attributes:
+        status: its exit status, 0 to 255.
+    """
+
+    status: int
+
+
+VcpuResult = VcpuEnded | Stop | None
+"""How a vCPU's thread ended: by the guest, with the machine's end, or (None) because it was told to."""
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuSurroundings:
+    """What all vCPUs of a machine share."""
+
+    service: ConversionService
+    protection: Protection
+    ports: PortBus
+    mmio: MmioCounter
+
+
+class ExitHandler:
+    """Answers the exits of one vCPU, and asks the conversion service on its behalf.
+
+    Args:
+        vcpu: the handle; its thread is the caller's.
+        around: what it shares with the other vCPUs.
+    """
+
+    def __init__(self, vcpu: Vcpu, around: VcpuSurroundings) -> None:
+        self._vcpu = vcpu
+        self._service = around.service
+        self._protection = around.protection
+        self._ports = around.ports
+        self._mmio = around.mmio
+        self._waiter = Waiter()
+        self._watch: LivelockWatch[Registers] = LivelockWatch(vcpu.registers)
+        self._entered_at = 0
+        self._fetch_retries = 0
+
+    # -- exits ---------------------------------------------------------------------------------------------------------
+
+    def answer(self, exit_: Exit, entered_at: int) -> Next | VcpuResult:
+        """Answer one exit: what the thread does next, or how it ends.
+
+        Args:
+            exit_: why the vCPU left the guest.
+            entered_at: the machine's change sequence before it entered.
+        """
+        self._entered_at = entered_at
+        if isinstance(exit_, MemoryFault):
+            return self._on_fault(exit_)
+        if isinstance(exit_, Interrupted):
+            self._vcpu.clear_exit_request()
+            return Next.ENTER
+        self._watch.progress()
+        if isinstance(exit_, EmulationFailure):
+            return self._on_emulation_failure(exit_)
+        self._fetch_retries = 0
+        return self._answer_rare(exit_)
+
+    def _answer_rare(  # noqa: PLR0911 - one case for each exit, and mypy says when one is missing
+        self,
+        exit_: PortIo | Mmio | Hypercall | BadMemoryFault | Shutdown | Halted | SystemEvent | UnexpectedExit,
+    ) -> Next | VcpuResult:
+        match exit_:
+            case PortIo():
+                return self._on_port(exit_)
+            case Mmio():
+                return self._on_mmio(exit_)
+            case Hypercall():
+                return self._on_hypercall(exit_)
+            case BadMemoryFault():
+                return self._on_bad_fault(exit_)
+            case Shutdown():
+                return self._stop(
+                    StopReason.TRIPLE_FAULT,
+                    "triple fault: an exception that the guest has no handler for (payload guests have none at all)",
+                )
+            case Halted():
+                return self._stop(StopReason.HALTED, "halted for good: HLT with nothing that could interrupt it")
+            case SystemEvent():
+                return self._stop(StopReason.SYSTEM_EVENT, f"KVM system event {exit_.event}")
+            case UnexpectedExit():
+                return self._stop(StopReason.UNEXPECTED_EXIT, f"{exit_.name}: {exit_.detail}")
+            case _:
+                assert_never(exit_)
+
+    def _on_fault(self, fault: MemoryFault) -> Next | Stop:
+        gpa, to = self._protection.wanted(fault)
+        answer = self._implicit(gpa, fault.size, to)
+        if answer.stop is not None:
+            return self._with_registers(answer.stop)
+        if self._watch.fault():
+            return self._stop(
+                StopReason.NO_PROGRESS,
+                f"one instruction faults again and again without completing, last for gpa {gpa:#x} to {to.value}: it "
+                "needs the private and the shared view of a page at the same time",
+            )
+        return Next.ENTER
+
+    def _on_mmio(self, exit_: Mmio) -> Next | Stop:
+        """An access that KVM emulates: to a view that is not live, to a hole in mid-change, or to no memory at all."""
+        gpa, state = self._protection.locate(exit_.gpa)
+        if state is None:
+            self._mmio.count(gpa)
+            if not exit_.is_write:
+                self._vcpu.complete_read(b"\xff" * exit_.size)
+            return Next.COMPLETE
+        # KVM splits an access at pages, so this one lies within one.
+        access = MmioAccess(gpa, exit_.size, exit_.data if exit_.is_write else None)
+        answer = self._implicit(gpa, exit_.size, state, access)
+        if answer.stop is not None:
+            return self._with_registers(answer.stop)
+        if not exit_.is_write:
+            self._vcpu.complete_read(answer.data)
+        return Next.COMPLETE
+
+    def _on_port(self, exit_: PortIo) -> Next | VcpuResult:
+        if exit_.is_write:
+            if exit_.port == EXIT_PORT and exit_.size == 1:
+                return self._on_exit(exit_.data[-1])
+            if exit_.port == CONVERSION_PORT and exit_.size == 1 and exit_.data[-1] == KVM_HC_MAP_GPA_RANGE:
+                return self._on_conversion_port()
+            for start in range(0, len(exit_.data), exit_.size):
+                self._ports.write(exit_.port, exit_.data[start : start + exit_.size])
+        else:
+            self._vcpu.complete_read(b"".join(self._ports.read(exit_.port, exit_.size) for _ in range(exit_.count)))
+        return Next.COMPLETE
+
+    def _on_exit(self, status: int) -> VcpuResult:
+        if status in RESERVED_STATUSES:
+            return self._stop(
+                StopReason.RESERVED_STATUS,
+                f"the guest asked for exit status {status}: {RESERVED_STATUSES.start} to {RESERVED_STATUSES.stop - 1} "
+                "are kvmd's own",
+            )
+        return VcpuEnded(status)
+
+    def _on_conversion_port(self) -> Next | Stop:
+        registers = self._vcpu.registers()
+        answer = self._explicit((registers.rbx, registers.rcx, registers.rdx))
+        if answer.stop is not None:
+            return self._with_registers(answer.stop)
+        self._vcpu.set_registers(replace(registers, rax=answer.result))
+        return Next.COMPLETE
+
+    def _on_hypercall(self, exit_: Hypercall) -> Next | Stop:
+        result = GuestResult.EINVAL
+        if exit_.number == KVM_HC_MAP_GPA_RANGE:
+            answer = self._explicit(exit_.arguments)
+            if answer.stop is not None:
+                return self._with_registers(answer.stop)
+            result = answer.result
+        self._vcpu.complete_hypercall(result)
+        return Next.COMPLETE
+
+    def _on_bad_fault(self, fault: BadMemoryFault) -> Stop:
+        gpa = None if fault.gpa is None else self._protection.locate(fault.gpa)[0]
+        where = " ".join(
+            f"{name} {value:#x}"
+            for name, value in (("gpa", gpa), ("size", fault.size), ("flags", fault.flags))
+            if value is not None
+        )
+        name = os.strerror(fault.errno) if fault.errno else "none"
+        return self._stop(
+            StopReason(fault.defect.value),
+            f"{_DEFECT_TEXT[fault.defect]}: {where or 'no address was given'}, error {name}",
+        )
+
+    def _on_emulation_failure(self, failure: EmulationFailure) -> Next | Stop:
+        """KVM cannot emulate, which at a page whose view is not live, or away in mid-change, only means: not yet."""
+        registers = self._vcpu.registers()
+        reported = self._vcpu.translate(registers.rip)
+        where = f"instruction at {registers.rip:#x}" + (
+            f" ({failure.instruction.hex(' ')})" if failure.instruction else ""
+        )
+        if reported is not None:
+            gpa, state = self._protection.locate(reported)
+            if state is None:
+                return self._stop(
+                    StopReason.FETCH_OUTSIDE_MEMORY, f"instruction fetch outside memory: {where}, gpa {gpa:#x}"
+                )
+            answer = self._implicit(page_floor(gpa), PAGE_SIZE, state)
+            if answer.stop is not None:
+                return self._with_registers(answer.stop)
+            moved = answer.outcome is Outcome.CONVERTED or self._service.sequence != self._entered_at
+            if moved and self._fetch_retries < _FETCH_RETRIES:
+                self._fetch_retries += 1
+                return Next.ENTER
+        return self._stop(StopReason.EMULATION_FAILURE, f"KVM cannot emulate the {where}")
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _implicit(self, gpa: int, size: int, to: PageState, access: MmioAccess | None = None) -> Answer:
+        request = ConversionRequest(
+            vcpu=self._vcpu.index,
+            cause=Cause.IMPLICIT,
+            gpa=gpa,
+            size_bytes=size,
+            to=to,
+            entered_at=self._entered_at,
+            access=access,
+        )
+        return self._service.request(request, self._waiter)
+
+    def _explicit(self, arguments: tuple[int, int, int]) -> Answer:
+        return self._service.request(explicit_request(self._vcpu.index, arguments, self._entered_at), self._waiter)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _stop(self, reason: StopReason, message: str) -> Stop:
+        return self._with_registers(Stop.because(reason, message))
+
+    def _with_registers(self, stop: Stop) -> Stop:
+        """Say which vCPU it was, and what its registers are, where they can still be read."""
+        registers = None
+        with suppress(BackendError):
+            registers = self._vcpu.registers()
+        return replace(stop, vcpu=self._vcpu.index, registers=registers)

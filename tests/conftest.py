@@ -1,0 +1,58 @@
+"""For all tests: the gates to what the host may lack, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvmd.kvm.system import Kvm
+from kvmd.kvm.vm import Vm
+from tests.gate import Facility, require_whole
+from tests.leaks import Belongings, open_fds
+
+_MARKED = {"kvm": Facility.KVM, "compiler": Facility.COMPILER}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a thread or a descriptor.
+
+    Fixtures that no test asks for by name are set up before the others and torn down after them: what a test's own
+    fixtures opened is closed by the time of the second look. Fixtures of a module or the session are older still, so
+    what they keep is there at both.
+    """
+    before = Belongings.now()
+    yield
+    left = before.left_behind()
+    if left:
+        pytest.fail(f"left behind: {', '.join(left)}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _gates(_nothing_left_behind: None, request: pytest.FixtureRequest) -> None:
+    """Hold every marked test to the gate of its facility."""
+    for marker, facility in _MARKED.items():
+        if request.node.get_closest_marker(marker) is not None:
+            require_whole(facility)
+
+
+@pytest.fixture
+def fds() -> Callable[[], frozenset[str]]:
+    """Return a function that lists this process's descriptors."""
+    return open_fds
+
+
+@pytest.fixture
+def kvm() -> Iterator[Kvm]:
+    """Yield the open /dev/kvm."""
+    require_whole(Facility.KVM)
+    with Kvm.open() as device:
+        yield device
+
+
+@pytest.fixture
+def vm(kvm: Kvm) -> Iterator[Vm]:
+    """Yield an empty virtual machine."""
+    with kvm.create_vm() as machine:
+        yield machine

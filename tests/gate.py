@@ -1,0 +1,109 @@
+"""Which of the host's facilities the tests may use: ask, skip with the reason, or insist.
+
+Each facility has an environment variable of three states:
+
+``auto`` (or unset)
+    use it where it is there; skip with the reason where it is not.
+``off``
+    do not use it, even where it is there.
+``required``
+    a missing one is a failure: for a host that is known to have it, so that nothing is skipped unnoticed.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import subprocess
+from functools import cache
+
+import pytest
+
+from kvmd.errors import HostError
+from kvmd.kvm.system import Kvm
+
+
+class Facility(enum.Enum):
+    """What a host may lack; the value is the variable that speaks of it."""
+
+    KVM = "KVMD_TEST_KVM"
+    COMPILER = "KVMD_TEST_COMPILER"
+
+
+class Gate(enum.Enum):
+    """What a facility's variable says."""
+
+    AUTO = "auto"
+    OFF = "off"
+    REQUIRED = "required"
+
+
+def gate_of(facility: Facility) -> Gate:
+    """Return the state of the facility's gate.
+
+    Raises:
+        pytest.fail.Exception: the variable holds something else, which must not pass for ``auto``.
+    """
+    text = os.environ.get(facility.value) or Gate.AUTO.value
+    try:
+        return Gate(text)
+    except ValueError:
+        pytest.fail(f"{facility.value}={text}: use {', '.join(gate.value for gate in Gate)}", pytrace=False)
+
+
+def require(facility: Facility, missing: str | None) -> None:
+    """Go on only where the facility may be used.
+
+    Args:
+        facility: the one that the test is about to use.
+        missing: why it, or the part of it that the test needs, is not there; None where it is.
+
+    Raises:
+        pytest.skip.Exception: it is off, or it is missing and not required.
+        pytest.fail.Exception: it is missing although it is required.
+    """
+    gate = gate_of(facility)
+    if gate is Gate.OFF:
+        pytest.skip(f"{facility.value}=off")
+    if missing is None:
+        return
+    if gate is Gate.REQUIRED:
+        pytest.fail(f"{facility.value}=required, but {missing}", pytrace=False)
+    pytest.skip(missing)
+
+
+def require_whole(facility: Facility) -> None:
+    """Go on only where the facility as such is there; it is not even looked for where it is off."""
+    if gate_of(facility) is Gate.OFF:
+        require(facility, None)
+    require(facility, _MISSING[facility]())
+
+
+@cache
+def missing_kvm() -> str | None:
+    """Return why /dev/kvm cannot be used, or None."""
+    try:
+        with Kvm.open():
+            return None
+    except HostError as error:
+        return str(error)
+
+
+@cache
+def missing_compiler() -> str | None:
+    """Return why nothing that includes linux/kvm.h can be compiled, or None."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return "there is no C compiler (cc)"
+    probe = subprocess.run(  # noqa: S603  the compiler, on a line written here
+        [compiler, "-fsyntax-only", "-x", "c", "-"],
+        input="#include <linux/kvm.h>\n",
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return f"linux/kvm.h cannot be compiled: {probe.stderr.strip()[:200]}" if probe.returncode else None
+
+
+_MISSING = {Facility.KVM: missing_kvm, Facility.COMPILER: missing_compiler}
