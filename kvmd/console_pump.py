@@ -14,6 +14,9 @@ from kvmd.nonblocking import NonBlockingWriter
 DRAIN_SECONDS = 2.0
 """How long the end of a machine waits for its output to be read."""
 
+GATHER_SECONDS = 0.01
+"""How long bytes gather after a write: waking the event loop for each byte costs a guest ten times the byte."""
+
 _GONE = {errno.EPIPE, errno.EIO}
 """What a write says when nobody will ever read again: a closed pipe, a terminal that hung up."""
 
@@ -50,7 +53,7 @@ class OutputPump:
         self._failed = failed
         self._awake = trio.Event()
         self._scope = trio.CancelScope()
-        self._ending = False
+        self._ended = trio.Event()
         self._reported = False
         self._gone = False
 
@@ -65,10 +68,12 @@ class OutputPump:
         self._buffer.set_wake(wake)
         try:
             with self._scope:
-                while not self._ending:
+                while not self._ended.is_set():
                     await self._awake.wait()
                     self._awake = trio.Event()
                     await self._write_what_waits()
+                    with trio.move_on_after(GATHER_SECONDS):
+                        await self._ended.wait()
                 # What threads put after the last wake-up was handled.
                 await self._write_what_waits()
         finally:
@@ -81,7 +86,7 @@ class OutputPump:
 
     def end(self) -> None:
         """Make ``run`` return once all is written, at the latest after ``DRAIN_SECONDS``."""
-        self._ending = True
+        self._ended.set()
         self._scope.deadline = trio.current_time() + DRAIN_SECONDS
         self._awake.set()
 

@@ -10,7 +10,7 @@ from typing import Self
 import structlog
 import trio
 
-from kvmd.conversion.changes import Limits
+from kvmd.conversion.changes import ImplicitPolicy, Limits
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
@@ -75,6 +75,7 @@ class Machine:
             chunk_bytes=spec.conversion.chunk,
             no_progress=spec.conversion.no_progress_limit,
             segments=spec.conversion.max_ranges,
+            implicit=ImplicitPolicy(spec.conversion.implicit),
         )
         rules = ConversionRules(state, pinned=self.pinned, limits=limits)
         self._service = ConversionService(

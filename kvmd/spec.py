@@ -46,6 +46,7 @@ _RIGHT = {
     "conversion": "a table: [conversion], with keys of its own",
     "conversion.chunk": 'a size from 4 KiB to 1 GiB in pages of 4 KiB, such as "2M"',
     "conversion.no_progress_limit": f"a whole number from 1 to {_NO_PROGRESS_LIMIT}",
+    "conversion.implicit": '"allow", "keep-explicit" or "deny"',
     "conversion.max_ranges": f"a whole number from 1 to {_RANGES_LIMIT}",
 }
 """What would be right, by key: the second half of every message."""
@@ -58,11 +59,14 @@ class ConversionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         chunk: the most bytes that one change converts at a time.
         no_progress_limit: how often the same fault may come back with nothing changed.
         max_ranges: the most ranges that page state may fall into.
+        implicit: what becomes of implicit conversions: ``allow``; ``keep-explicit`` stops the machine where one would
+            undo an explicit conversion; ``deny`` stops it at any.
     """
 
     chunk: int = 2 * MIB
     no_progress_limit: int = 8
     max_ranges: int = 65536
+    implicit: Literal["allow", "keep-explicit", "deny"] = "allow"
 
     def __post_init__(self) -> None:
         _need("conversion.chunk", self.chunk, PAGE_SIZE <= self.chunk <= GIB and not self.chunk & PAGE_MASK)
@@ -71,6 +75,8 @@ class ConversionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             self.no_progress_limit,
             1 <= self.no_progress_limit <= _NO_PROGRESS_LIMIT,
         )
+        # The type says so too, but a spec that a program makes has not been through msgspec.
+        _need("conversion.implicit", self.implicit, self.implicit in {"allow", "keep-explicit", "deny"})
         _need("conversion.max_ranges", self.max_ranges, 1 <= self.max_ranges <= _RANGES_LIMIT)
 
 

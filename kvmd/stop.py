@@ -51,6 +51,7 @@ class StopReason(enum.Enum):
     FAULT_OUTSIDE_MEMORY = "fault-outside-memory"
     FETCH_OUTSIDE_MEMORY = "fetch-outside-memory"
     PINNED_MEMORY = "pinned-memory"
+    IMPLICIT_DENIED = "implicit-conversion-denied"
     NO_PROGRESS = "no-progress"
     UNKNOWN_FAULT_FLAGS = "memory-fault-unknown-flags"
 

@@ -11,12 +11,14 @@ import trio
 from rich.console import Console
 
 from kvmd import log
-from kvmd.cli.display import Display, LiveDisplay, PlainDisplay
+from kvmd.cli.display import PROGRESS_SECONDS, Display, LiveDisplay, PlainDisplay
 from kvmd.cli.foreground import watch_signals
+from kvmd.cli.runnable import Runnable
 from kvmd.cli.summary import GuestResult, is_unicode, summary
 from kvmd.guests import GUESTS
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
+from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 from kvmd.stop import StopReason
 
@@ -86,45 +88,63 @@ async def _run_guests(names: tuple[str, ...], vcpus: int, display: Display, buff
     return results
 
 
-async def _run_guest(name: str, machine: Machine, display: Display, buffer: LogBuffer) -> GuestResult:
-    notes = _Notes(machine, display, buffer)
-    started = time.monotonic()
+async def _run_guest(name: str, machine: Runnable, display: Display, buffer: LogBuffer) -> GuestResult:
+    watcher = _Watcher(machine, display, buffer)
     async with trio.open_nursery() as nursery:
         await nursery.start(watch_signals, machine, structlog.get_logger("kvmd"))
-        nursery.start_soon(notes.run, started)
+        nursery.start_soon(watcher.run)
         stop = await machine.run()
         nursery.cancel_scope.cancel()
-    seconds = time.monotonic() - started
-    notes.finish()
+    seconds = watcher.seconds
+    watcher.finish()
+    mapped_at, memory_map = watcher.most_shared
     return GuestResult(
         name=name,
         stop=stop,
         seconds=seconds,
         stats=machine.stats.snapshot(),
-        memory_map=tuple(machine.memory_map()),
+        memory_map=tuple(memory_map),
+        mapped_at=mapped_at,
         memory_bytes=machine.spec.memory,
         pinned=machine.pinned,
     )
 
 
-class _Notes:
-    """Turns what the guest prints and what the log says into lines, and calls for progress now and then."""
+class _Watcher:
+    """Tells the display of one guest: what it prints, what the log says, and how far it is."""
 
-    def __init__(self, machine: Machine, display: Display, buffer: LogBuffer) -> None:
+    def __init__(self, machine: Runnable, display: Display, buffer: LogBuffer) -> None:
         self._machine = machine
         self._display = display
         self._buffer = buffer
         self._printed = bytearray()
+        self._started = time.monotonic()
+        self._most_shared_bytes = -1
+        self.most_shared: tuple[float, list[tuple[GpaRange, PageState]]] = (0.0, [])
 
-    async def run(self, started: float) -> None:
-        """Look every ``interval_seconds`` until cancelled; the console's bound holds back a guest that floods."""
+    @property
+    def seconds(self) -> float:
+        """Seconds since the guest started."""
+        return time.monotonic() - self._started
+
+    async def run(self) -> None:
+        """Look now and then until cancelled; the console's bound holds back a guest that floods it."""
         while True:
             self._show()
-            self._display.progress(self._machine, time.monotonic() - started)
-            await trio.sleep(self._display.interval_seconds)
+            self._look_at_memory()
+            self._display.progress(self._machine, self.seconds)
+            await trio.sleep(PROGRESS_SECONDS)
+
+    def _look_at_memory(self) -> None:
+        memory_map = self._machine.memory_map()
+        shared = sum(range_.size_bytes for range_, state in memory_map if state is PageState.SHARED)
+        if shared > self._most_shared_bytes:
+            self._most_shared_bytes = shared
+            self.most_shared = (self.seconds, memory_map)
 
     def finish(self) -> None:
         """Show what is left, an unfinished line too."""
+        self._look_at_memory()
         self._show()
         if self._printed:
             self._display.note(_printable(bytes(self._printed)))

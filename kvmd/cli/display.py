@@ -10,9 +10,16 @@ from rich.live import Live
 from rich.text import Text
 
 from kvmd.cli.picture import picture
+from kvmd.cli.runnable import Runnable
 from kvmd.cli.summary import GuestResult, colored_picture, is_unicode, palette_for
 from kvmd.conversion.messages import Outcome
-from kvmd.machine import Machine
+from kvmd.ranges import GpaRange
+
+PROGRESS_SECONDS = 0.125
+"""How often a display is told of the progress."""
+
+PLAIN_SECONDS = 2.0
+"""How often the plain one has a line for it."""
 
 _PICTURE_ROWS = 4
 
@@ -28,15 +35,11 @@ class Display(Protocol):
     ) -> None:
         """Give the terminal back as it was."""
 
-    @property
-    def interval_seconds(self) -> float:
-        """How often ``progress`` should be called."""
-
     def begin(self, name: str, description: str) -> None:
         """A guest starts."""
 
-    def progress(self, machine: Machine, seconds: float) -> None:
-        """It has run for ``seconds``."""
+    def progress(self, machine: Runnable, seconds: float) -> None:
+        """It has run for ``seconds``; called every ``PROGRESS_SECONDS``."""
 
     def note(self, line: str) -> None:
         """It printed a line, or the log said something."""
@@ -48,10 +51,9 @@ class Display(Protocol):
 class PlainDisplay:
     """Lines, for a file, a pipe or CI: one each few seconds, and what the guest prints."""
 
-    interval_seconds = 2.0
-
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._next_line = PLAIN_SECONDS
 
     def __enter__(self) -> Self:
         return self
@@ -63,11 +65,13 @@ class PlainDisplay:
 
     def begin(self, name: str, description: str) -> None:
         """Name the guest."""
+        self._next_line = PLAIN_SECONDS
         self._line(f"{name}: {description}")
 
-    def progress(self, machine: Machine, seconds: float) -> None:
-        """Say how far it is, but not of a guest that has only just begun."""
-        if seconds >= self.interval_seconds:
+    def progress(self, machine: Runnable, seconds: float) -> None:
+        """Say how far it is, every ``PLAIN_SECONDS``."""
+        if seconds >= self._next_line:
+            self._next_line += PLAIN_SECONDS
             self._line(f"  {seconds:.0f} s: {_so_far(machine)}")
 
     def note(self, line: str) -> None:
@@ -86,8 +90,6 @@ class PlainDisplay:
 
 class LiveDisplay:
     """A display that is drawn over, with the map of memory as it changes; lines that are over scroll up above it."""
-
-    interval_seconds = 0.125
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -109,7 +111,7 @@ class LiveDisplay:
         """Name the guest."""
         self._console.print(Text.assemble((name, "bold"), f": {description}"))
 
-    def progress(self, machine: Machine, seconds: float) -> None:
+    def progress(self, machine: Runnable, seconds: float) -> None:
         """Draw counters and memory."""
         self._live.update(self._drawn(machine, seconds), refresh=True)
 
@@ -124,15 +126,14 @@ class LiveDisplay:
         style = "green" if result.passed else "red"
         self._console.print(Text.assemble("  ", (mark, style), f" {_ended(result)}"))
 
-    def _drawn(self, machine: Machine, seconds: float) -> RenderableType:
+    def _drawn(self, machine: Runnable, seconds: float) -> RenderableType:
         palette = palette_for(unicode=self._unicode)
-        drawn = picture(
-            machine.memory_map(), machine.spec.memory, pinned=machine.pinned, rows=_PICTURE_ROWS, palette=palette
-        )
+        whole = GpaRange(0, machine.spec.memory)
+        drawn = picture(machine.memory_map(), whole, pinned=machine.pinned, rows=_PICTURE_ROWS, palette=palette)
         return Group(Text(f"  {seconds:.1f} s: {_so_far(machine)}"), colored_picture(drawn, palette))
 
 
-def _so_far(machine: Machine) -> str:
+def _so_far(machine: Runnable) -> str:
     snapshot = machine.stats.snapshot()
     others = ", ".join(
         f"{count:,} {outcome.value}"

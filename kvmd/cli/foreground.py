@@ -9,11 +9,11 @@ from dataclasses import asdict
 import structlog
 import trio
 
+from kvmd.cli.runnable import Runnable, Stoppable
 from kvmd.console_pump import OutputPump
 from kvmd.conversion.messages import Outcome
 from kvmd.conversion_log import ConversionFileWriter, ConversionSampler
 from kvmd.log_buffer import LogBuffer
-from kvmd.machine import Machine
 from kvmd.nonblocking import NonBlockingWriter, write_within
 from kvmd.stop import ExitStatus, Stop, StopReason
 
@@ -35,7 +35,7 @@ class Foreground:
 
     def __init__(
         self,
-        machine: Machine,
+        machine: Runnable,
         *,
         stdout: NonBlockingWriter,
         stderr: NonBlockingWriter,
@@ -101,7 +101,7 @@ class Foreground:
             "machine-stopped",
             reason=stop.reason.value,
             message=stop.message,
-            status=stop.status,
+            status=int(stop.status),
             **({} if stop.vcpu is None else {"vcpu": stop.vcpu}),
             **{outcome.value: snapshot.requests(outcome=outcome) for outcome in Outcome},
         )
@@ -111,7 +111,7 @@ class Foreground:
 
 
 async def watch_signals(
-    machine: Machine,
+    machine: Stoppable,
     log: structlog.typing.FilteringBoundLogger,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,

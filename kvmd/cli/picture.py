@@ -28,12 +28,13 @@ ASCII = Palette(private="#", shared=".", mixed="+", pinned="@")
 
 def picture(
     memory_map: Sequence[tuple[GpaRange, PageState]],
-    size_bytes: int,
+    within: GpaRange,
     *,
     pinned: GpaRange | None = None,
     columns: int = COLUMNS,
     rows: int = ROWS,
     palette: Palette = BLOCKS,
+    legend: bool = True,
 ) -> str:
     """Return lines of cells, each of the same power of two of pages, and a legend.
 
@@ -42,36 +43,35 @@ def picture(
 
     Args:
         memory_map: ranges without overlap; memory that none covers is left blank.
-        size_bytes: all of memory, from gpa 0.
+        within: what to draw; all of memory starts at gpa 0.
         pinned: memory that never converts, or None.
         columns: cells in a row.
         rows: rows, at most.
         palette: the characters.
+        legend: whether the last line says what they mean, and not only how large a cell is.
 
     Raises:
-        ValueError: ``size_bytes`` is no whole number of pages, or there is no cell to draw in.
+        ValueError: there is no cell to draw in.
     """
-    if size_bytes <= 0 or size_bytes % PAGE_SIZE or columns < 1 or rows < 1:
-        raise ValueError(f"cannot draw {size_bytes} bytes in {columns} x {rows} cells")
+    if columns < 1 or rows < 1:
+        raise ValueError(f"cannot draw in {columns} x {rows} cells")
     cell_bytes = PAGE_SIZE
-    while cell_bytes * columns * rows < size_bytes:
+    while cell_bytes * columns * rows < within.size_bytes:
         cell_bytes *= 2
-    cells = _cells(memory_map, size_bytes, cell_bytes, pinned, palette)
-    digits = len(f"{size_bytes - 1:x}")
+    cells = _cells(memory_map, within, cell_bytes, pinned, palette)
+    digits = len(f"{within.end - 1:x}")
     lines = [
-        f"{start * cell_bytes:#0{digits + 2}x} {''.join(cells[start : start + columns])}"
-        for start in range(0, len(cells), columns)
+        f"{within.start + at * cell_bytes:#0{digits + 2}x} {''.join(cells[at : at + columns])}"
+        for at in range(0, len(cells), columns)
     ]
-    legend = (
-        f"{palette.private} private  {palette.shared} shared  {palette.mixed} both  {palette.pinned} pinned  "
-        f"(1 cell = {format_size(cell_bytes)})"
-    )
-    return "\n".join([*lines, " " * (digits + 3) + legend])
+    meaning = f"{palette.private} private  {palette.shared} shared  {palette.mixed} both  {palette.pinned} pinned  "
+    last_line = f"{meaning if legend else ''}(1 cell = {format_size(cell_bytes)})"
+    return "\n".join([*lines, " " * (digits + 3) + last_line])
 
 
 def _cells(
     memory_map: Sequence[tuple[GpaRange, PageState]],
-    size_bytes: int,
+    within: GpaRange,
     cell_bytes: int,
     pinned: GpaRange | None,
     palette: Palette,
@@ -79,8 +79,8 @@ def _cells(
     """Return a character for each cell, in time linear in cells and ranges."""
     has: dict[PageState, set[int]] = {state: set() for state in PageState}
     for range_, state in memory_map:
-        has[state].update(_covered(range_, size_bytes, cell_bytes))
-    holds_pinned = _covered(pinned, size_bytes, cell_bytes) if pinned is not None else range(0)
+        has[state].update(_covered(range_, within, cell_bytes))
+    holds_pinned = _covered(pinned, within, cell_bytes) if pinned is not None else range(0)
 
     def character(cell: int) -> str:
         private, shared = cell in has[PageState.PRIVATE], cell in has[PageState.SHARED]
@@ -90,9 +90,13 @@ def _cells(
             return palette.pinned
         return palette.private if private else palette.shared if shared else " "
 
-    return [character(cell) for cell in range(-(-size_bytes // cell_bytes))]
+    return [character(cell) for cell in range(-(-within.size_bytes // cell_bytes))]
 
 
-def _covered(range_: GpaRange, size_bytes: int, cell_bytes: int) -> range:
+def _covered(range_: GpaRange, within: GpaRange, cell_bytes: int) -> range:
     """Return the cells that ``range_`` reaches into."""
-    return range(range_.start // cell_bytes, -(-min(range_.end, size_bytes) // cell_bytes))
+    if not range_.overlaps(within):
+        return range(0)
+    start = max(range_.start, within.start) - within.start
+    end = min(range_.end, within.end) - within.start
+    return range(start // cell_bytes, -(-end // cell_bytes))

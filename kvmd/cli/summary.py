@@ -19,6 +19,8 @@ from kvmd.units import PAGE_SIZE, format_size
 
 HOTTEST_SHOWN = 5
 _PICTURE_ROWS = 4
+_ZOOM = 16
+"""How many times smaller than memory its busy part must be to be drawn again, larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class GuestResult:
         stop: why it ended.
         seconds: how long it ran.
         stats: its conversions.
-        memory_map: its memory at the end, in order.
+        memory_map: its memory, in order, when most of it was shared, as far as was seen.
+        mapped_at: when that was, in seconds from its start.
         memory_bytes: size of its memory.
         pinned: memory that never converts.
     """
@@ -40,6 +43,7 @@ class GuestResult:
     seconds: float
     stats: StatsSnapshot
     memory_map: tuple[tuple[GpaRange, PageState], ...]
+    mapped_at: float
     memory_bytes: int
     pinned: GpaRange
 
@@ -154,10 +158,27 @@ def _hottest(results: Sequence[GuestResult], *, unicode: bool) -> Table:
 
 
 def _memory(result: GuestResult, *, unicode: bool) -> RenderableType:
+    """All of memory, and under it the part that was busy, where that is small in it."""
     palette = palette_for(unicode=unicode)
-    drawn = picture(result.memory_map, result.memory_bytes, pinned=result.pinned, rows=_PICTURE_ROWS, palette=palette)
-    title = Text(f"Memory of {result.name} at its end", style="bold")
-    return Group(title, colored_picture(drawn, palette))
+    whole = GpaRange(0, result.memory_bytes)
+
+    def drawn(within: GpaRange, rows: int, *, legend: bool) -> Text:
+        text = picture(result.memory_map, within, pinned=result.pinned, rows=rows, palette=palette, legend=legend)
+        return colored_picture(text, palette)
+
+    title = Text(f"Memory of {result.name} after {result.mapped_at:.2f} s, when most of it was shared", style="bold")
+    busy = _busy(result)
+    parts = [title, drawn(whole, _PICTURE_ROWS, legend=True)]
+    if busy.size_bytes * _ZOOM <= result.memory_bytes:
+        parts += [Text("and the part that it converts most"), drawn(busy, _PICTURE_ROWS // 2, legend=False)]
+    return Group(*parts)
+
+
+def _busy(result: GuestResult) -> GpaRange:
+    """Return the range from the first to the last of the hottest pages and those shared now."""
+    ranges = [GpaRange.of_size(hot.gpa, hot.size_bytes) for hot in result.stats.hottest]
+    ranges += [range_ for range_, state in result.memory_map if state is PageState.SHARED]
+    return GpaRange(min(range_.start for range_ in ranges), max(range_.end for range_ in ranges))
 
 
 def _count(number: int) -> str:

@@ -10,6 +10,21 @@ from kvmd.ranges import GpaRange, PageState
 from kvmd.units import MIB
 
 
+class ImplicitPolicy(enum.Enum):
+    """What becomes of implicit conversions.
+
+    They are not always meant: Linux's ``load_unaligned_zeropad`` touches the page after the one it reads, and where
+    that one is a shared I/O page, converting it to private wipes what a device is just writing.
+    """
+
+    ALLOW = "allow"
+    """Convert."""
+    KEEP_EXPLICIT = "keep-explicit"
+    """Convert, but for pages that the guest put into their state by an explicit conversion: stop the machine."""
+    DENY = "deny"
+    """Stop the machine: this guest is expected to ask."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a guest may ask of the host.
@@ -19,11 +34,13 @@ class Limits:
         no_progress: how often the same fault may come back with nothing changed before the machine stops.
         segments: the most intervals of page state: a guest that alternates pages pays with an error, not the
             host with memory.
+        implicit: what becomes of implicit conversions.
     """
 
     chunk_bytes: int = 2 * MIB
     no_progress: int = 8
     segments: int = 65536
+    implicit: ImplicitPolicy = ImplicitPolicy.ALLOW
 
 
 class Ticket:

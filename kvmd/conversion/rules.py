@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from kvmd.conversion.changes import Change, Failure, FailureKind, Limits, Ticket
+from kvmd.conversion.changes import Change, Failure, FailureKind, ImplicitPolicy, Limits, Ticket
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, Outcome
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
@@ -123,16 +123,18 @@ class ConversionRules:
         """
         if self._current is not None:
             raise RuntimeError("the change before this one was not finished")
-        if self._pending:
-            self._admit()
-        while self._short or self._long:
+        while True:
+            # Again after each work that turned out to be done: requests may have waited for its pages.
+            if self._pending:
+                self._admit()
+            if not self._short and not self._long:
+                return None
             work = self._take_turn()
             change = self._next_chunk(work)
             if change is not None:
                 self._current = work
                 return change
             self._complete(work)
-        return None
 
     def commit(self, change: Change, end: int) -> GpaRange | None:
         """Record that the pages of the change below ``end`` are in their new state.
@@ -221,19 +223,32 @@ class ConversionRules:
         if ticket.came_from is request.to:
             self._answer_spurious(ticket, range_)
             return False
-        # An access that came as MMIO cannot be tried again: KVM has decoded it and waits for its data.
-        if (
-            request.cause is Cause.IMPLICIT
-            and request.access is None
-            and any(
-                segment.explicit_generation > request.entered_at and segment.state is not request.to
-                for segment in self.state.segments(range_)
-            )
-        ):
-            self._settle(ticket, Answer(Outcome.STALE))
+        if request.cause is Cause.IMPLICIT and not self._may_convert_implicitly(ticket, range_):
             return False
         if not self._has_room():
             self._fail_ticket(ticket, _STATE_EXHAUSTED)
+            return False
+        return True
+
+    def _may_convert_implicitly(self, ticket: Ticket, range_: GpaRange) -> bool:
+        """Tell whether a fault is recent, and allowed, to convert; answer it if not."""
+        request = ticket.request
+        moving = [segment for segment in self.state.segments(range_) if segment.state is not request.to]
+        # An access that came as MMIO cannot be tried again: KVM has decoded it and waits for its data.
+        if request.access is None and any(segment.explicit_generation > request.entered_at for segment in moving):
+            self._settle(ticket, Answer(Outcome.STALE))
+            return False
+        policy = self._limits.implicit
+        if policy is ImplicitPolicy.DENY or (
+            policy is ImplicitPolicy.KEEP_EXPLICIT and any(segment.is_explicit for segment in moving)
+        ):
+            stop = Stop.because(
+                StopReason.IMPLICIT_DENIED,
+                f'implicit conversion denied (conversion.implicit = "{policy.value}"): gpa {request.gpa:#x} size '
+                f"{request.size_bytes:#x}, to {request.to.value}",
+                vcpu=request.vcpu,
+            )
+            self._settle(ticket, Answer(Outcome.REFUSED, stop=stop))
             return False
         return True
 

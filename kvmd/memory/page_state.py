@@ -34,6 +34,11 @@ class Segment:
     generation: int
     explicit_generation: int
 
+    @property
+    def is_explicit(self) -> bool:
+        """Tell whether the last conversion of these pages was an explicit one."""
+        return 0 < self.generation == self.explicit_generation
+
 
 class PageStateMap:
     """The state of every page of ``[0, size_bytes)``.
@@ -140,14 +145,14 @@ class PageStateMap:
         self._replace(first, past, range_.start, state, generation, explicit_generation)
 
     def compact(self) -> None:
-        """Merge neighbours in the same state, whatever their generations; the merged one has the highest.
+        """Merge neighbours in the same state whose last conversions had the same cause.
 
-        A generation that grew this way makes at most one fault look stale or one retry look like progress,
-        and the guest only tries once more.
+        Their generations may differ; the merged segment has the highest. A generation that grew this way makes at most
+        one fault look stale or one retry look like progress, and the guest only tries once more.
         """
         kept = 0
         for index in range(1, len(self._starts)):
-            if self._states[index] is self._states[kept]:
+            if self._states[index] is self._states[kept] and self._is_explicit(index) == self._is_explicit(kept):
                 self._generations[kept] = max(self._generations[kept], self._generations[index])
                 self._explicit[kept] = max(self._explicit[kept], self._explicit[index])
             else:
@@ -169,6 +174,9 @@ class PageStateMap:
                 merged.append((GpaRange(start, end), self._states[index - 1]))
                 start = end
         return merged
+
+    def _is_explicit(self, index: int) -> bool:
+        return 0 < self._generations[index] == self._explicit[index]
 
     def _end(self, index: int) -> int:
         return self._starts[index + 1] if index + 1 < len(self._starts) else self._range.end

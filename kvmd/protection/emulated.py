@@ -174,18 +174,19 @@ class EmulatedProtection(Generic[F]):
         """Make the view ``to`` of all pages of the range live, in order of address."""
         done = range_.start
         try:
-            for piece in self.pieces.covering(range_):
+            while done < range_.end:
+                # Looked up each time: a cut may have merged any pieces, to win memslots.
+                piece = self.pieces.at(done)
+                end = min(piece.end, range_.end)
                 if piece.live is not to:
-                    keep = GpaRange(max(piece.start, range_.start), min(piece.end, range_.end))
-                    if keep.size_bytes == piece.size_bytes:
+                    if piece.start == done and piece.end == end:
                         self._swap(piece, to)
                     else:
-                        self._cut(keep, to)
-                done = min(piece.end, range_.end)
-        except SlotsExhausted as error:
-            return Applied(done, Failure(FailureKind.SLOTS, str(error)))
+                        self._cut(GpaRange(done, end), to)
+                done = end
         except BackendError as error:
-            return Applied(done, Failure(FailureKind.REFUSED, str(error)))
+            kind = FailureKind.SLOTS if isinstance(error, SlotsExhausted) else FailureKind.REFUSED
+            return Applied(self._live_until(done, range_.end, to), Failure(kind, str(error)))
         return Applied(range_.end)
 
     def discard(self, range_: GpaRange, side: PageState) -> None:
@@ -207,6 +208,12 @@ class EmulatedProtection(Generic[F]):
             self._inaccessible_bytes = 0
 
     # -- pieces --------------------------------------------------------------------------------------------
+
+    def _live_until(self, gpa: int, end: int, view: PageState) -> int:
+        """Return where the pages from ``gpa`` that are live in ``view`` end, at most ``end``."""
+        while gpa < end and (piece := self.pieces.at(gpa)).live is view:
+            gpa = min(piece.end, end)
+        return gpa
 
     def _swap(self, piece: Piece, to: PageState) -> None:
         """Make the other view of the piece live: dead first, so that never both are."""
@@ -249,36 +256,53 @@ class EmulatedProtection(Generic[F]):
                     self.merges += 1
 
     def _exchange(self, old: list[Piece], new: list[Piece]) -> None:
-        """Replace the slots of ``old`` by those of ``new``, or leave all as it was."""
+        """Replace the slots of ``old`` by those of ``new``.
+
+        After a failure all is as it was; or where KVM does not even take back what was just created, the pieces are
+        the new ones, each live where KVM has it.
+        """
+        live = old[0].live
         try:
             for piece in old:
-                for view in PageState:
-                    self._delete(piece, view)
+                self._delete_both(piece)
             for piece in new:
                 self._create(piece)
         except BackendError:
             for piece in new:
-                for view in PageState:
-                    with suppress(BackendError):
-                        self._delete(piece, view)
-            for piece in old:
-                self._restore(piece)
+                with suppress(BackendError):
+                    self._delete_both(piece)
+            if any(number is not None for piece in new for number in piece.slots.values()):
+                # The old pieces cannot come back: their slots would overlap what is left, or live beside it.
+                self.pieces.replace(old, new)
+                for piece in new:
+                    piece.live = piece.backed or live
+                    self._restore(piece)
+            else:
+                for piece in old:
+                    self._restore(piece)
             raise
         self.pieces.replace(old, new)
 
     def _restore(self, piece: Piece) -> None:
-        """After a failure, bring the piece's slots back to what ``piece.live`` says, as far as KVM lets us.
+        """After a failure, bring the piece's slots to what ``piece.live`` says, as far as KVM lets us.
 
-        Where it does not, the view is a hole, which is a tripwire too, and memory the guest then misses is an
-        MMIO exit that the service completes: slower, never wrong.
+        Where it does not, a view is a hole. In the dead view that is a tripwire too; memory that the guest then misses
+        in the live one is an MMIO exit that the service completes: slower, never wrong.
         """
-        for view in (piece.live.opposite, piece.live):
+        dead = piece.live.opposite
+        if piece.backed is not piece.live and piece.slots[piece.live] is not None:
             with suppress(BackendError):
-                self._delete(piece, view)
-                if view is piece.live:
-                    self._back(piece, view)
-                else:
-                    self._trip(piece, view)
+                self._delete(piece, piece.live)
+        if piece.slots[piece.live] is None and piece.backed is None:
+            with suppress(BackendError):
+                self._back(piece, piece.live)
+        if piece.slots[dead] is None:
+            with suppress(BackendError):
+                self._trip(piece, dead)
+
+    def _delete_both(self, piece: Piece) -> None:
+        for view in PageState:
+            self._delete(piece, view)
 
     def _create(self, piece: Piece) -> None:
         self._back(piece, piece.live)
@@ -292,6 +316,8 @@ class EmulatedProtection(Generic[F]):
         if slot is not None:
             self._vm.delete_memory_region(slot)
             piece.slots[view] = None
+            if piece.backed is view:
+                piece.backed = None
             self._free.append(slot)
 
     def _take_slot(self) -> int:
@@ -309,6 +335,7 @@ class EmulatedProtection(Generic[F]):
             self._free.append(slot)
             raise
         piece.slots[view] = slot
+        piece.backed = view
 
     def _trip(self, piece: Piece, view: PageState) -> None:
         """Put a tripwire in the view of the piece."""

@@ -15,14 +15,23 @@ from kvmd.ranges import GpaRange, PageState
 
 
 class Piece:
-    """One run of pages ``[start, end)``: which view is live, and the memslots of both."""
+    """One run of pages ``[start, end)``: which view is live, and the memslots of both.
 
-    __slots__ = ("end", "live", "slots", "start")
+    Attributes:
+        start: the first page's address in bytes.
+        end: one past the last page.
+        live: the view that is live, or is to be once a failure is mended.
+        backed: the view that has a memslot on its backing now, or None: never both have.
+        slots: the memslot of each view, or None for a hole.
+    """
+
+    __slots__ = ("backed", "end", "live", "slots", "start")
 
     def __init__(self, start: int, end: int, live: PageState) -> None:
         self.start = start
         self.end = end
         self.live = live
+        self.backed: PageState | None = None
         self.slots: dict[PageState, int | None] = {PageState.PRIVATE: None, PageState.SHARED: None}
 
     @property
@@ -64,11 +73,6 @@ class PieceMap:
     def at(self, gpa: int) -> Piece:
         """Return the piece that holds ``gpa``, which is in the range."""
         return self._pieces[bisect_right(self._starts, gpa) - 1]
-
-    def covering(self, range_: GpaRange) -> list[Piece]:
-        """Return the pieces that overlap ``range_``, in order."""
-        first = bisect_right(self._starts, range_.start) - 1
-        return self._pieces[first : bisect_left(self._starts, range_.end)]
 
     def cut(self, piece: Piece, keep: GpaRange, to: PageState) -> list[Piece]:
         """Return the pieces, without memslots, that ``piece`` falls into so that ``keep`` is one of them.

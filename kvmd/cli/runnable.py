@@ -1,0 +1,59 @@
+"""What the command line asks of a machine: ``kvmd.machine.Machine``, and a fake of it in tests."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvmd.conversion.ring import RecordRing
+from kvmd.conversion.stats import ConversionStats
+from kvmd.devices.console import ConsoleOutput
+from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.ports import PortBus
+from kvmd.ranges import GpaRange, PageState
+from kvmd.spec import MachineSpec
+from kvmd.stop import Stop
+
+
+class Stoppable(Protocol):
+    """Something that the operator can stop."""
+
+    def stop(self) -> None:
+        """Stop as the operator wishes; harmless when it has ended."""
+
+
+class Runnable(Stoppable, Protocol):
+    """A machine that is open and can be run once."""
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What it is made of."""
+
+    @property
+    def stats(self) -> ConversionStats:
+        """Counters of its conversions."""
+
+    @property
+    def records(self) -> RecordRing:
+        """Its last conversions."""
+
+    @property
+    def console(self) -> ConsoleOutput:
+        """What the guest prints."""
+
+    @property
+    def ports(self) -> PortBus:
+        """Its I/O ports."""
+
+    @property
+    def mmio(self) -> MmioCounter:
+        """Accesses outside memory."""
+
+    @property
+    def pinned(self) -> GpaRange:
+        """Memory that never converts."""
+
+    async def run(self) -> Stop:
+        """Run the guest to its end."""
+
+    def memory_map(self) -> list[tuple[GpaRange, PageState]]:
+        """Return the state of all memory, as the fewest ranges, in order."""

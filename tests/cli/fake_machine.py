@@ -1,0 +1,105 @@
+"""A machine without a hypervisor: it runs a script."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import ClassVar, Self
+
+import trio
+
+from kvmd.conversion.messages import Cause, Outcome
+from kvmd.conversion.record import ConversionRecord
+from kvmd.conversion.ring import RecordRing
+from kvmd.conversion.stats import ConversionStats
+from kvmd.devices.console import ConsoleOutput
+from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.ports import PortBus
+from kvmd.ranges import GpaRange, PageState
+from kvmd.spec import MachineSpec
+from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE
+
+PINNED_BYTES = 4 * PAGE_SIZE
+
+
+class FakeMachine:
+    """A machine that ends with status 0, unless ``script`` says otherwise."""
+
+    script: ClassVar[Callable[[FakeMachine], Awaitable[Stop | None]] | None] = None
+    opened: ClassVar[list[FakeMachine]] = []
+
+    def __init__(self, spec: MachineSpec) -> None:
+        self.spec = spec
+        self.stats = ConversionStats()
+        self.records = RecordRing()
+        self.console = ConsoleOutput()
+        self.ports = PortBus()
+        self.mmio = MmioCounter()
+        self.pinned = GpaRange(0, PINNED_BYTES)
+        self.shared: GpaRange | None = None
+        self.stopped = trio.Event()
+        self.closed = False
+
+    @classmethod
+    def open(cls, spec: MachineSpec) -> Self:
+        machine = cls(spec)
+        cls.opened.append(machine)
+        return machine
+
+    def convert(self, gpa: int, *, to: PageState = PageState.SHARED, outcome: Outcome = Outcome.CONVERTED) -> None:
+        record = ConversionRecord(
+            sequence=self.records.appended + 1,
+            wall_ns=1_700_000_000_000_000_000,
+            monotonic_ns=1_000_000_000 * (self.records.appended + 1),
+            vcpu=0,
+            cause=Cause.IMPLICIT,
+            gpa=gpa,
+            size_bytes=PAGE_SIZE,
+            came_from=to.opposite,
+            to=to,
+            outcome=outcome,
+            merged=1,
+            waiting_us=10.0,
+            applying_us=200.0,
+            discarding_us=30.0,
+        )
+        self.stats.add(record)
+        self.records.append(record)
+        self.shared = GpaRange.of_size(gpa, PAGE_SIZE) if to is PageState.SHARED else None
+
+    def print(self, text: bytes) -> None:
+        for byte in text:
+            self.console.put(byte)
+
+    async def run(self) -> Stop:
+        await trio.lowlevel.checkpoint()
+        stop = None if type(self).script is None else await type(self).script(self)
+        return stop or Stop(StopReason.GUEST_EXIT, "all vCPUs ended", 0)
+
+    async def wait_for_stop(self) -> Stop:
+        await self.stopped.wait()
+        return Stop.because(StopReason.OPERATOR, "stopped by the operator")
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def memory_map(self) -> list[tuple[GpaRange, PageState]]:
+        if self.shared is None:
+            return [(GpaRange(0, self.spec.memory), PageState.PRIVATE)]
+        return [
+            (GpaRange(0, self.shared.start), PageState.PRIVATE),
+            (self.shared, PageState.SHARED),
+            (GpaRange(self.shared.end, self.spec.memory), PageState.PRIVATE),
+        ]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,377 @@
+"""What a VM does with memslots, on the fake and on the real one: so that the fake is an honest one."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
+from dataclasses import replace
+from typing import Protocol
+
+import pytest
+
+from kvmd.errors import BackendError
+from kvmd.hv.exits import MemoryFault, Mmio, PortIo
+from kvmd.hv.vcpu import Registers
+from kvmd.kvm import uapi
+from kvmd.kvm.fault_layout import MERGED
+from kvmd.kvm.guest_memfd import GuestMemfd
+from kvmd.kvm.system import Kvm
+from kvmd.kvm.vcpu import KvmVcpu
+from kvmd.kvm.vm import Vm
+from tests.gate import Facility, require
+from tests.protection.fakes import FakeMemfd, FakeVm
+
+PAGE = 0x1000
+GPA = 0x200000
+"""The guest of the real VM reaches [2 MiB, 4 MiB); what is below is its own."""
+TRIPWIRE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
+
+
+class Memfd(Protocol):
+    def close(self) -> None: ...
+
+
+class Subject(Protocol):
+    """Either VM, with the same few things for the tests: addresses, and a guest's access."""
+
+    @property
+    def slot_count(self) -> int: ...
+
+    @property
+    def address(self) -> int:
+        """Host memory of 64 pages for the guest."""
+
+    def set(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        address: int,
+        *,
+        flags: int = 0,
+        memfd: Memfd | None = None,
+        offset: int = 0,
+    ) -> None: ...
+
+    def delete(self, slot: int) -> None: ...
+
+    def memfd(self, size: int, flags: int = TRIPWIRE) -> Memfd: ...
+
+    def access(self, gpa: int) -> str: ...
+
+
+class OnFake:
+    address = 0x7000_0000_0000
+
+    def __init__(self) -> None:
+        self.slot_count = 64
+        self._vm = FakeVm(self.slot_count)
+
+    def set(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        address: int,
+        *,
+        flags: int = 0,
+        memfd: Memfd | None = None,
+        offset: int = 0,
+    ) -> None:
+        assert memfd is None or isinstance(memfd, FakeMemfd)
+        self._vm.set_memory_region(slot, gpa, size, address, flags, memfd, offset)
+
+    def delete(self, slot: int) -> None:
+        self._vm.delete_memory_region(slot)
+
+    def memfd(self, size: int, flags: int = TRIPWIRE) -> Memfd:
+        return self._vm.create_guest_memfd(size, flags)
+
+    def access(self, gpa: int) -> str:
+        return self._vm.access(gpa)
+
+
+class OnKvm:
+    """The real VM, with a guest that loads a byte from RBX, says so at a port, and starts again."""
+
+    _RAM_BYTES = 1 << 20
+    _PML4, _PDPT, _PD, _CODE = 0x1000, 0x2000, 0x3000, 0x10000
+    _LOAD_AND_SAY = b"\x8a\x03\xe6\x12\xeb\xfa"  # 1: mov al, [rbx]; out 0x12, al; jmp 1b
+
+    def __init__(self, kvm: Kvm, vm: Vm, memory: int) -> None:
+        self._vm = vm
+        # The guest's own slot has the last number, so that the tests have those from 0.
+        self.slot_count = vm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS)
+        self.address = memory + self._RAM_BYTES
+        for place, entry in (
+            (self._PML4, self._PDPT | 7),
+            (self._PDPT, self._PD | 7),
+            (self._PD, 0x87),
+            (self._PD + 8, GPA | 0x87),
+        ):
+            ctypes.memmove(memory + place, struct.pack("<Q", entry), 8)
+        ctypes.memmove(memory + self._CODE, self._LOAD_AND_SAY, len(self._LOAD_AND_SAY))
+        vm.set_memory_region(self.slot_count - 1, 0, self._RAM_BYTES, memory)
+        self._vcpu: KvmVcpu = vm.create_vcpu(0, MERGED)
+        self._vcpu.set_cpuid(kvm.supported_cpuid())
+        self._vcpu.set_long_mode(cr3=self._PML4, cpl=3)
+        self._vcpu.set_registers(Registers(rip=self._CODE, rflags=0x3002))
+        self._vcpu.prepare_thread()
+
+    def set(
+        self,
+        slot: int,
+        gpa: int,
+        size: int,
+        address: int,
+        *,
+        flags: int = 0,
+        memfd: Memfd | None = None,
+        offset: int = 0,
+    ) -> None:
+        assert memfd is None or isinstance(memfd, GuestMemfd)
+        self._vm.set_memory_region(slot, gpa, size, address, flags, memfd, offset)
+
+    def delete(self, slot: int) -> None:
+        self._vm.delete_memory_region(slot)
+
+    def memfd(self, size: int, flags: int = TRIPWIRE) -> Memfd:
+        offered = self._vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
+        require(
+            Facility.KVM,
+            None if offered & TRIPWIRE == TRIPWIRE else f"KVM_CAP_GUEST_MEMFD_FLAGS is {offered}: no tripwires",
+        )
+        return self._vm.create_guest_memfd(size, flags)
+
+    def access(self, gpa: int) -> str:
+        vcpu = self._vcpu
+        vcpu.set_registers(replace(vcpu.registers(), rbx=gpa))
+        match vcpu.run():
+            case PortIo():
+                return "live"
+            case MemoryFault(gpa=at):
+                assert at == gpa & ~(PAGE - 1)
+                return "tripwire"
+            case Mmio(gpa=at):
+                assert at == gpa
+                vcpu.complete_read(b"\xff")
+                # The load ends, and the guest comes to its port.
+                assert isinstance(vcpu.run(), PortIo)
+                return "hole"
+            case other:
+                raise AssertionError(other)
+
+    def close(self) -> None:
+        self._vcpu.release_thread()
+        self._vcpu.close()
+
+
+@pytest.fixture(params=["fake", pytest.param("kvm", marks=pytest.mark.kvm)])
+def on(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    if request.param == "fake":
+        yield OnFake()
+        return
+    kvm, vm = request.getfixturevalue("kvm"), request.getfixturevalue("vm")
+    memory = mmap.mmap(-1, OnKvm._RAM_BYTES + 64 * PAGE)
+    view = ctypes.c_char.from_buffer(memory)
+    try:
+        with closing(OnKvm(kvm, vm, ctypes.addressof(view))) as subject:
+            yield subject
+    finally:
+        del view
+        vm.close()
+        memory.close()
+
+
+def refused(number: int) -> AbstractContextManager[pytest.ExceptionInfo[BackendError]]:
+    return pytest.raises(BackendError, check=lambda error: error.errno == number)
+
+
+def tripwire(on: Subject, slot: int, gpa: int, size: int) -> None:
+    with closing(on.memfd(size)) as memfd:
+        on.set(slot, gpa, size, on.address, memfd=memfd)
+
+
+def test_a_guest_finds_a_hole_where_there_is_no_slot(on: Subject) -> None:
+    assert on.access(GPA) == "hole"
+
+
+def test_a_guest_finds_memory_up_to_the_slot_s_end(on: Subject) -> None:
+    on.set(0, GPA + PAGE, 2 * PAGE, on.address)
+    found = [on.access(GPA + page * PAGE) for page in range(4)]
+    assert found == ["hole", "live", "live", "hole"]
+
+
+def test_a_deleted_slot_is_a_hole_and_its_number_is_free(on: Subject) -> None:
+    on.set(0, GPA, PAGE, on.address)
+    assert on.access(GPA) == "live"
+    on.delete(0)
+    assert on.access(GPA) == "hole"
+    on.set(0, GPA + PAGE, PAGE, on.address)
+    assert on.access(GPA + PAGE) == "live"
+
+
+def test_a_size_of_zero_deletes_too(on: Subject) -> None:
+    on.set(3, GPA, PAGE, on.address)
+    on.set(3, 0, 0, 0)
+    assert on.access(GPA) == "hole"
+    with refused(errno.EINVAL):
+        on.set(3, 0, 0, 0)
+
+
+def test_a_slot_that_is_not_there_cannot_be_deleted(on: Subject) -> None:
+    with refused(errno.EINVAL):
+        on.delete(0)
+
+
+@pytest.mark.parametrize(("gpa", "pages"), [(GPA + PAGE, 2), (GPA, 2), (GPA, 4), (GPA + 2 * PAGE, 2), (GPA + PAGE, 1)])
+def test_an_overlap_is_refused_and_changes_nothing(on: Subject, gpa: int, pages: int) -> None:
+    on.set(0, GPA + PAGE, 2 * PAGE, on.address)
+    with refused(errno.EEXIST):
+        on.set(1, gpa, pages * PAGE, on.address)
+    assert [on.access(GPA + page * PAGE) for page in range(4)] == ["hole", "live", "live", "hole"]
+    with refused(errno.EINVAL):
+        on.delete(1)
+
+
+def test_neighbours_do_not_overlap(on: Subject) -> None:
+    on.set(1, GPA + PAGE, PAGE, on.address)
+    on.set(0, GPA, PAGE, on.address)
+    on.set(2, GPA + 2 * PAGE, PAGE, on.address)
+    assert {on.access(GPA + page * PAGE) for page in range(3)} == {"live"}
+
+
+def test_the_highest_number_is_below_the_count(on: Subject) -> None:
+    on.set(on.slot_count - 2, GPA, PAGE, on.address)
+    for number in (on.slot_count, 0xFFFF):
+        with refused(errno.EINVAL):
+            on.set(number, GPA + PAGE, PAGE, on.address)
+        with refused(errno.EINVAL):
+            on.delete(number)
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size", "address"),
+    [
+        (GPA + 0x800, PAGE, 0),
+        (GPA, 0x800, 0),
+        (GPA, PAGE + 1, 0),
+        (GPA, PAGE, 0x800),
+        (2**64 - PAGE, 2 * PAGE, 0),
+        (2**60, PAGE, 0),
+        (GPA, 2**43, 0),
+    ],
+)
+def test_a_slot_that_cannot_be_is_refused(on: Subject, gpa: int, size: int, address: int) -> None:
+    with refused(errno.EINVAL):
+        on.set(0, gpa, size, on.address + address)
+    with refused(errno.EINVAL):
+        on.delete(0)
+
+
+@pytest.mark.parametrize("flags", [1 << 3, 1 << 31])
+def test_an_unknown_flag_is_refused(on: Subject, flags: int) -> None:
+    with refused(errno.EINVAL):
+        on.set(0, GPA, PAGE, on.address, flags=flags)
+
+
+def test_a_slot_moves_but_does_not_grow(on: Subject) -> None:
+    on.set(0, GPA, 2 * PAGE, on.address)
+    on.set(0, GPA, 2 * PAGE, on.address)
+    on.set(0, GPA + PAGE, 2 * PAGE, on.address)
+    assert [on.access(GPA + page * PAGE) for page in range(3)] == ["hole", "live", "live"]
+    with refused(errno.EINVAL):
+        on.set(0, GPA + PAGE, 3 * PAGE, on.address)
+    with refused(errno.EINVAL):
+        on.set(0, GPA + PAGE, 2 * PAGE, on.address + PAGE)
+
+
+def test_a_slot_is_a_tripwire_once_its_guest_memfd_is_closed(on: Subject) -> None:
+    memfd = on.memfd(3 * PAGE)
+    on.set(0, GPA, 3 * PAGE, on.address, memfd=memfd)
+    assert on.access(GPA) == "live"
+    memfd.close()
+    assert [on.access(GPA + page * PAGE) for page in range(4)] == ["tripwire", "tripwire", "tripwire", "hole"]
+
+
+def test_a_tripwire_holds_until_its_slot_is_deleted(on: Subject) -> None:
+    tripwire(on, 0, GPA, PAGE)
+    assert [on.access(GPA) for _ in range(3)] == ["tripwire"] * 3
+    on.delete(0)
+    assert on.access(GPA) == "hole"
+    on.set(0, GPA, PAGE, on.address)
+    assert on.access(GPA) == "live"
+
+
+def test_a_slot_of_a_guest_memfd_is_immutable(on: Subject) -> None:
+    with closing(on.memfd(2 * PAGE)) as memfd:
+        on.set(0, GPA, PAGE, on.address, memfd=memfd)
+        for gpa in (GPA, GPA + PAGE):
+            with refused(errno.EINVAL):
+                on.set(0, gpa, PAGE, on.address, memfd=memfd)
+            with refused(errno.EINVAL):
+                on.set(0, gpa, PAGE, on.address)
+    assert [on.access(GPA), on.access(GPA + PAGE)] == ["tripwire", "hole"]
+
+
+def test_a_slot_reaches_no_further_than_its_guest_memfd(on: Subject) -> None:
+    with closing(on.memfd(2 * PAGE)) as memfd:
+        for size, offset in ((3 * PAGE, 0), (2 * PAGE, PAGE), (PAGE, 2 * PAGE), (PAGE, 0x800)):
+            with refused(errno.EINVAL):
+                on.set(0, GPA, size, on.address, memfd=memfd, offset=offset)
+        on.set(0, GPA, PAGE, on.address, memfd=memfd, offset=PAGE)
+
+
+def test_a_page_of_a_guest_memfd_is_bound_once(on: Subject) -> None:
+    with closing(on.memfd(2 * PAGE)) as memfd:
+        on.set(0, GPA, PAGE, on.address, memfd=memfd)
+        with refused(errno.EINVAL):
+            on.set(1, GPA + PAGE, 2 * PAGE, on.address, memfd=memfd)
+        on.set(1, GPA + PAGE, PAGE, on.address, memfd=memfd, offset=PAGE)
+        on.delete(0)
+        on.set(0, GPA, PAGE, on.address, memfd=memfd)
+
+
+def test_a_closed_guest_memfd_cannot_be_bound(on: Subject) -> None:
+    memfd = on.memfd(PAGE)
+    memfd.close()
+    with pytest.raises(ValueError, match="used after it was closed"):
+        on.set(0, GPA, PAGE, on.address, memfd=memfd)
+    assert on.access(GPA) == "hole"
+
+
+def test_a_slot_of_a_guest_memfd_has_no_dirty_log_and_is_writable(on: Subject) -> None:
+    with closing(on.memfd(PAGE)) as memfd:
+        for flags in (1, 2):
+            with refused(errno.EINVAL):
+                on.set(0, GPA, PAGE, on.address, flags=flags, memfd=memfd)
+
+
+@pytest.mark.parametrize("size", [0, 0x800, PAGE + 1])
+def test_a_guest_memfd_is_whole_pages(on: Subject, size: int) -> None:
+    with refused(errno.EINVAL):
+        on.memfd(size)
+
+
+def test_a_guest_memfd_with_an_unknown_flag_is_refused(on: Subject) -> None:
+    with refused(errno.EINVAL):
+        on.memfd(PAGE, 1 << 63)
+
+
+def test_the_fake_fails_on_demand_and_changes_nothing() -> None:
+    vm = FakeVm()
+    vm.set_memory_region(0, GPA, PAGE, 0)
+    vm.fail_next(2, errno.ENOMEM, times=2)
+    vm.set_memory_region(1, GPA + PAGE, PAGE, 0)
+    with refused(errno.ENOMEM):
+        vm.delete_memory_region(0)
+    with refused(errno.ENOMEM):
+        vm.create_guest_memfd(PAGE)
+    assert set(vm.slots) == {0, 1}
+    assert vm.memfds == []
+    vm.delete_memory_region(0)
+    assert vm.access(GPA) == "hole"
