@@ -126,6 +126,7 @@ class ConversionService:
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signalled = False
         self._closed: Stop | None = None
+        self._requested = 0
         self._records = 0
 
     # -- the vCPU threads' side ----------------------------------------------------------------------------
@@ -135,6 +136,11 @@ class ConversionService:
         """The number of changes so far: read before KVM_RUN, it tells how old a fault is."""
         return self._rules.sequence
 
+    @property
+    def requested(self) -> int:
+        """Requests that vCPU threads handed in so far, answered or not."""
+        return self._requested
+
     def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
         """Hand over a request and block the calling vCPU thread until it is answered."""
         pending = Pending(request, waiter)
@@ -142,6 +148,7 @@ class ConversionService:
             if self._closed is not None:
                 return Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=self._closed)
             self._inbox.append(pending)
+            self._requested += 1
             if not self._signalled:
                 # Under the lock, so that the flag and the eventfd's counter always say the same.
                 self._signalled = True
@@ -161,15 +168,10 @@ class ConversionService:
                 task_status.started()
                 async for arrived in receive:
                     self._submit(arrived)
-                    await self._serve()
+                    await self._serve(receive)
         finally:
-            with suppress(trio.WouldBlock):
-                while True:
-                    self._submit(receive.receive_nowait())
+            self._submit_carried(receive)
             self.close(_ENDED)
-            # Those that were in the channel when somebody else closed the service.
-            self._rules.fail_all(self._closed or _ENDED)
-            self._deliver()
 
     def close(self, stop: Stop) -> None:
         """Answer all that waits and all that still comes with ``stop``: the machine is being torn down.
@@ -182,8 +184,6 @@ class ConversionService:
                 return
             self._closed = stop
         self._submit(self._empty_inbox())
-        self._rules.fail_all(stop)
-        self._deliver()
 
     def dispose(self) -> None:
         """Give up the eventfd, once no thread uses the service any more; harmless the second time."""
@@ -200,6 +200,10 @@ class ConversionService:
     def _submit(self, arrived: list[Pending]) -> None:
         for pending in arrived:
             self._rules.submit(pending)
+        if self._closed is not None:
+            # They were on their way through the channel when the service was closed.
+            self._rules.fail_all(self._closed)
+            self._deliver()
 
     def _empty_inbox(self) -> list[Pending]:
         with self._inbox_lock:
@@ -210,17 +214,26 @@ class ConversionService:
                 os.eventfd_read(self._eventfd)
         return arrived
 
-    async def _serve(self) -> None:
+    def _submit_carried(self, receive: trio.MemoryReceiveChannel[list[Pending]]) -> None:
+        with suppress(trio.WouldBlock):
+            while True:
+                self._submit(receive.receive_nowait())
+
+    async def _serve(self, receive: trio.MemoryReceiveChannel[list[Pending]]) -> None:
         """Make changes until nothing is left to do, looking for new requests after each."""
         turn_ends = time.monotonic() + TURN_SECONDS
         while True:
             change = self._rules.next_change()
             self._deliver()
-            if change is not None:
-                if change.range.pages <= INLINE_PAGES:
-                    made = self._make(change)
-                else:
-                    made = await trio.to_thread.run_sync(self._make, change)
+            if change is None:
+                made = None
+            elif change.range.pages <= INLINE_PAGES:
+                made = self._make(change)
+            else:
+                made = await trio.to_thread.run_sync(self._make, change)
+                # The porter was at work meanwhile: what it carried must not wait for all of a large change.
+                self._submit_carried(receive)
+            if change is not None and made is not None:
                 self._rules.finish(change, made.failure, made.leaked)
                 self._deliver()
             self._submit(self._empty_inbox())
@@ -228,6 +241,7 @@ class ConversionService:
                 return
             if time.monotonic() >= turn_ends:
                 await trio.lowlevel.checkpoint()
+                self._submit_carried(receive)
                 turn_ends = time.monotonic() + TURN_SECONDS
 
     # -- making a change: in the event loop's thread, or in a worker thread while the loop waits for it ----------------

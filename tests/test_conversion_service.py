@@ -1,0 +1,309 @@
+"""The conversion service with real threads as vCPUs, and a protection that writes down what it is asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import trio
+
+from kvmd.conversion.changes import Failure, FailureKind, Limits
+from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.ring import RecordRing
+from kvmd.conversion.rules import ConversionRules
+from kvmd.conversion.stats import ConversionStats
+from kvmd.conversion_service import INLINE_PAGES, LEAK_RETRY_SECONDS, ConversionService, Waiter
+from kvmd.memory.page_state import PageStateMap
+from kvmd.ranges import GpaRange, PageState
+from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE
+from tests.conversion.scripts import MEMORY_PAGES, PINNED_PAGES, PRIVATE, SHARED, pages, request
+from tests.fakes import RecordingProtection, failed
+
+STOP = Stop.because(StopReason.OPERATOR, "over")
+
+
+@dataclass
+class Bench:
+    """A running service and what is around it."""
+
+    service: ConversionService
+    protection: RecordingProtection
+    state: PageStateMap
+    rules: ConversionRules
+    ring: RecordRing
+    stats: ConversionStats
+    lock: threading.Lock
+
+    async def ask(self, request_: ConversionRequest) -> Answer:
+        """Ask from a thread of its own, like a vCPU."""
+        return await trio.to_thread.run_sync(self.service.request, request_, Waiter())
+
+    async def until_requested(self, count: int) -> None:
+        """Wait until so many requests were handed in."""
+        while self.service.requested < count:
+            await trio.lowlevel.checkpoint()
+
+
+def build(limits: Limits | None = None, memory_pages: int = MEMORY_PAGES) -> Bench:
+    """Build a service that is not running yet."""
+    state = PageStateMap(memory_pages * PAGE_SIZE, PRIVATE)
+    rules = ConversionRules(state, pinned=pages(0, PINNED_PAGES), limits=limits or Limits())
+    protection = RecordingProtection(memory_pages * PAGE_SIZE)
+    lock, stats, ring = threading.Lock(), ConversionStats(), RecordRing()
+    service = ConversionService(rules, protection, memory_lock=lock, stats=stats, ring=ring)
+    return Bench(service, protection, state, rules, ring, stats, lock)
+
+
+@asynccontextmanager
+async def running(bench: Bench) -> AsyncIterator[Bench]:
+    """Run the service for the block."""
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(bench.service.run)
+            yield bench
+            nursery.cancel_scope.cancel()
+    finally:
+        bench.service.dispose()
+
+
+async def test_a_fault_is_applied_then_discarded_then_answered_and_recorded() -> None:
+    async with running(build()) as bench:
+        answer = await bench.ask(request(3, pages(10), SHARED))
+        assert answer.outcome is Outcome.CONVERTED
+        assert bench.protection.log == [("apply", pages(10), SHARED), ("discard", pages(10), PRIVATE)]
+        assert bench.state.state_of(pages(10)) is SHARED
+        _, records = bench.ring.reader(from_oldest=True).take(10)
+        (record,) = records
+        assert (record.sequence, record.vcpu, record.gpa, record.size_bytes) == (1, 3, 10 * PAGE_SIZE, PAGE_SIZE)
+        assert (record.came_from, record.to, record.outcome, record.merged) == (PRIVATE, SHARED, Outcome.CONVERTED, 1)
+        assert record.waiting_us >= 0
+        assert record.applying_us > 0
+        assert bench.stats.snapshot().conversions == 1
+
+
+async def test_opposite_directions_are_one_critical_section_each() -> None:
+    async with running(build()) as bench:
+        async with trio.open_nursery() as nursery:
+            for vcpu in range(8):
+                nursery.start_soon(bench.ask, request(vcpu, pages(10), SHARED if vcpu % 2 else PRIVATE))
+        steps = [(name, side) for name, _, side in bench.protection.log]
+        pairs = [(("apply", SHARED), ("discard", PRIVATE)), (("apply", PRIVATE), ("discard", SHARED))]
+        assert len(steps) % 2 == 0
+        # Never two changes interleaved: each apply is followed by the discard of the side that it left behind.
+        assert all((steps[at], steps[at + 1]) in pairs for at in range(0, len(steps), 2))
+
+
+async def test_requests_that_wait_together_are_merged() -> None:
+    bench = build()
+    answers: list[Answer] = []
+    waiting = threading.Barrier(4)
+
+    def vcpu(index: int) -> None:
+        waiting.wait()
+        answers.append(bench.service.request(request(index, pages(10 + index), SHARED), Waiter()))
+
+    threads = [threading.Thread(target=vcpu, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    # The service does not run yet, so all four requests are in its inbox before it looks.
+    await bench.until_requested(4)
+    async with running(bench):
+        for thread in threads:
+            await trio.to_thread.run_sync(thread.join)
+    assert [name for name, _, _ in bench.protection.log] == ["apply", "discard"]
+    assert bench.protection.log[0][1] == pages(10, 4)
+    _, records = bench.ring.reader(from_oldest=True).take(10)
+    assert [record.merged for record in records] == [4] * 4
+    assert len(answers) == 4
+
+
+async def test_a_large_change_is_made_off_the_event_loop_and_a_small_one_gets_in_between() -> None:
+    bench = build(Limits(chunk_bytes=(INLINE_PAGES + 4) * PAGE_SIZE), memory_pages=256)
+    first_chunk, go_on = threading.Event(), threading.Event()
+
+    def hold_first(range_: GpaRange) -> None:
+        if range_.start == 10 * PAGE_SIZE:
+            first_chunk.set()
+            go_on.wait()
+
+    bench.protection.before_apply = hold_first
+    loop_thread = threading.get_ident()
+    async with running(bench):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.ask, request(0, pages(10, 100), SHARED, Cause.EXPLICIT))
+            await trio.to_thread.run_sync(first_chunk.wait)
+            # The loop is free while a chunk is being made: this very line runs on it.
+            nursery.start_soon(bench.ask, request(1, pages(200), SHARED))
+            await bench.until_requested(2)
+            go_on.set()
+    _, records = bench.ring.reader(from_oldest=True).take(10)
+    assert [record.vcpu for record in records] == [1, 0], "the small one is answered first"
+    assert bench.protection.log[2] == ("apply", pages(200), SHARED)
+    assert loop_thread not in bench.protection.threads[:1]
+    assert bench.protection.threads[1] == loop_thread
+
+
+async def test_an_mmio_load_reads_zeros_of_the_new_side_and_a_store_stays() -> None:
+    async with running(build()) as bench:
+        gpa = 10 * PAGE_SIZE + 16
+        bench.protection.access(PRIVATE, MmioAccess(gpa, 2, b"hi"))
+        store = request(0, pages(10), SHARED, access=MmioAccess(gpa, 2, b"ab"))
+        assert (await bench.ask(store)).outcome is Outcome.CONVERTED
+        load = request(1, pages(10), SHARED, access=MmioAccess(gpa, 4, None))
+        answer = await bench.ask(load)
+        assert (answer.outcome, answer.data) == (Outcome.SPURIOUS, b"ab\0\0")
+        # Back: the store is gone with the side that it was made to, and so is what was private before.
+        back = await bench.ask(request(0, pages(10), PRIVATE, access=MmioAccess(gpa, 4, None)))
+        assert (back.outcome, back.data) == (Outcome.CONVERTED, b"\0\0\0\0")
+
+
+async def test_a_refused_access_touches_nothing() -> None:
+    async with running(build()) as bench:
+        answer = await bench.ask(request(0, pages(1), SHARED, access=MmioAccess(PAGE_SIZE, 1, b"x")))
+        assert answer.stop is not None
+        assert bench.protection.sides[SHARED] == {}
+
+
+async def test_a_failing_change_answers_eagain_and_is_tracked_exactly() -> None:
+    async with running(build()) as bench:
+        bench.protection.fail_apply.append(failed(pages(10, 4), Failure(FailureKind.REFUSED, "EIO"), pages=1))
+        answer = await bench.ask(request(0, pages(10, 4), SHARED, Cause.EXPLICIT))
+        assert (answer.outcome, answer.result) == (Outcome.FAILED, GuestResult.EAGAIN)
+        assert bench.state.state_of(pages(10)) is SHARED
+        assert bench.state.state_of(pages(11, 3)) is PRIVATE
+        # What was applied was discarded all the same.
+        assert bench.protection.log == [("discard", pages(10), PRIVATE)]
+
+
+@pytest.mark.usefixtures("autojump_clock")
+async def test_a_failed_discard_is_kept_and_tried_again() -> None:
+    async with running(build()) as bench:
+        bench.protection.fail_discard.extend([True, True])
+        assert bench.rules.leaked_bytes == 0
+        waiter = Waiter()
+        answers: list[Answer] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(bench.service.request(request(0, pages(10), SHARED), waiter))
+        )
+        thread.start()
+        while not answers:
+            await trio.lowlevel.checkpoint()
+        thread.join()
+        assert answers[0].outcome is Outcome.CONVERTED
+        assert bench.rules.leaked_bytes == PAGE_SIZE
+        await trio.sleep(LEAK_RETRY_SECONDS * 1.5)
+        assert bench.rules.leaked_bytes == PAGE_SIZE, "the first retry fails too"
+        await trio.sleep(LEAK_RETRY_SECONDS)
+        assert bench.rules.leaked_bytes == 0
+        assert bench.protection.log[-1] == ("discard", pages(10), PRIVATE)
+
+
+async def test_closing_answers_all_that_waits_and_all_that_comes() -> None:
+    bench = build(memory_pages=256)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(_: GpaRange) -> None:
+        held.set()
+        go_on.wait()
+
+    bench.protection.before_apply = hold
+    answers: dict[str, Answer] = {}
+
+    async def ask(name: str, request_: ConversionRequest) -> None:
+        answers[name] = await bench.ask(request_)
+
+    async with running(bench), trio.open_nursery() as nursery:
+        nursery.start_soon(ask, "large", request(0, pages(10, 100), SHARED, Cause.EXPLICIT))
+        await trio.to_thread.run_sync(held.wait)
+        nursery.start_soon(ask, "waiting", request(1, pages(12), PRIVATE))
+        await bench.until_requested(2)
+        bench.service.close(STOP)
+        await ask("late", request(2, pages(200), SHARED))
+        go_on.set()
+    assert {name: answer.stop for name, answer in answers.items()} == dict.fromkeys(("large", "waiting", "late"), STOP)
+    # The change that was under way is made to its end, and recorded.
+    assert bench.state.state_of(pages(10, 100)) is SHARED
+
+
+async def test_cancelling_the_service_leaves_no_thread_blocked() -> None:
+    bench = build()
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(
+            target=lambda index=index: answers.append(
+                bench.service.request(request(index, pages(10 + 2 * index), SHARED), Waiter())
+            )
+        )
+        for index in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    await bench.until_requested(8)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await bench.service.run()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert len(answers) == 8
+    bench.service.dispose()
+
+
+async def test_the_host_accessor_waits_for_a_conversion_and_then_is_refused() -> None:
+    bench = build()
+    async with running(bench):
+        with bench.lock:
+            # Somebody reads shared memory: the conversion has to wait for it.
+            done = trio.Event()
+
+            async def convert() -> None:
+                await bench.ask(request(0, pages(10, INLINE_PAGES + 1), SHARED, Cause.EXPLICIT))
+                done.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(convert)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert bench.protection.log == []
+                assert not done.is_set()
+                bench.lock.release()
+                await done.wait()
+                bench.lock.acquire()
+        assert bench.state.state_of(pages(10)) is SHARED
+
+
+@pytest.mark.parametrize("vcpus", [1, 4, 16])
+async def test_many_threads_fight_and_every_request_has_one_answer(vcpus: int) -> None:
+    rounds = 60
+    async with running(build()) as bench:
+        counts: list[int] = []
+
+        def vcpu(index: int) -> None:
+            waiter, answered = Waiter(), 0
+            for round_ in range(rounds):
+                to: PageState = SHARED if (index + round_) % 2 else PRIVATE
+                page = PINNED_PAGES + (index * 7 + round_) % 6
+                answer = bench.service.request(
+                    request(index, pages(page), to, entered_at=bench.service.sequence), waiter
+                )
+                answered += answer.outcome in {Outcome.CONVERTED, Outcome.SPURIOUS}
+            counts.append(answered)
+
+        async with trio.open_nursery() as nursery:
+            for index in range(vcpus):
+                nursery.start_soon(trio.to_thread.run_sync, vcpu, index)
+        assert counts == [rounds] * vcpus
+        assert bench.ring.appended == rounds * vcpus
+        # The log of what was done leads to the state that is tracked.
+        replayed: dict[int, PageState] = dict.fromkeys(range(MEMORY_PAGES), PRIVATE)
+        for name, range_, side in bench.protection.log:
+            for page in range(range_.start // PAGE_SIZE, range_.end // PAGE_SIZE):
+                if name == "apply":
+                    replayed[page] = side
+                else:
+                    assert replayed[page] is side.opposite, "only a dead side is ever discarded"
+        tracked = [segment.state for segment in bench.state.segments() for _ in range(segment.range.pages)]
+        assert tracked == list(replayed.values())
