@@ -111,6 +111,7 @@ class ConversionFileWriter(_Follower):
             processors=[render_json],
             wrapper_class=structlog.make_filtering_bound_logger(0),
         ).info
+        self._scope = trio.CancelScope()
         self._lost = 0
         self._unwritten = 0
         self._said: set[int | None] = set()
@@ -118,17 +119,20 @@ class ConversionFileWriter(_Follower):
 
     async def run(self) -> None:
         """Write until ``end`` was called and all is written, or ``DRAIN_SECONDS`` have passed since."""
-        while not self._ended.is_set():
-            await self._wait_for_records()
-            if self._ended.is_set():
-                break
-            written = await self._write_unread()
-            await self._gather(GATHER_SECONDS if written else RETRY_SECONDS)
-        with trio.move_on_after(DRAIN_SECONDS):
+        with self._scope:
+            while not self._ended.is_set():
+                await self._wait_for_records()
+                written = await self._write_unread()
+                await self._gather(GATHER_SECONDS if written else RETRY_SECONDS)
             await self._write_unread()
         unwritten = self._reader.unread + self._unwritten + self._lost
         if unwritten:
             self._log.warning("conversions-unwritten", at_most=unwritten)
+
+    def end(self) -> None:
+        """Make ``run`` return once all is written, at the latest after ``DRAIN_SECONDS``."""
+        self._scope.deadline = trio.current_time() + DRAIN_SECONDS
+        super().end()
 
     async def _write_unread(self) -> bool:
         """Write what is unread now; return false where the file did not take it."""

@@ -315,6 +315,8 @@ class ConversionService:
         for ticket in settled:
             if isinstance(ticket, Pending) and ticket.answer is not None:
                 ticket.waiter.answer(self._with_access(ticket.request, ticket.answer))
+        if self._closed is not None:
+            return  # what the machine's end cut off says nothing about conversions
         wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
         for ticket in settled:
             if isinstance(ticket, Pending) and ticket.answer is not None:

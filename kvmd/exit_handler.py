@@ -9,12 +9,12 @@ import enum
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import Protocol, assert_never
 
 from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE, explicit_request
 from kvmd.conversion.livelock import LivelockWatch
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
-from kvmd.conversion_service import ConversionService, Waiter
+from kvmd.conversion_service import Waiter
 from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.errors import BackendError
@@ -80,11 +80,22 @@ VcpuResult = VcpuEnded | Stop | None
 """How a vCPU's thread ended: by the guest, with the machine's end, or (None) because it was told to."""
 
 
+class Converter(Protocol):
+    """The conversion service, as a vCPU thread sees it."""
+
+    @property
+    def sequence(self) -> int:
+        """The number of changes so far."""
+
+    def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
+        """Hand over a request and block until it is answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class VcpuSurroundings:
     """What all vCPUs of a machine share."""
 
-    service: ConversionService
+    service: Converter
     protection: Protection
     ports: PortBus
     mmio: MmioCounter

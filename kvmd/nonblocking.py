@@ -75,8 +75,11 @@ class NonBlockingWriter:
                 return cls(_open_fifo(path))
             kind = os.fstat(fd).st_mode
             if stat.S_ISFIFO(kind):
-                os.close(fd)
-                return cls(_open_fifo(path))
+                try:
+                    return cls(_open_fifo(path))
+                finally:
+                    # Only now: a FIFO that had a writer and has none is at its end for whoever reads it.
+                    os.close(fd)
             if stat.S_ISREG(kind):
                 os.ftruncate(fd, 0)
         except OSError as error:

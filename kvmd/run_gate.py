@@ -169,7 +169,8 @@ class RunGate:
 
     def _await_outside(self) -> None:
         deadline = time.monotonic() + QUIESCE_DEADLINE_SECONDS
-        for seat in self._seats:
+        # A copy: while this waits, a vCPU may end and take its seat out of the list.
+        for seat in tuple(self._seats):
             while seat.inside:
                 left = deadline - time.monotonic()
                 if left <= 0:

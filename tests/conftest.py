@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
 from tests.gate import Facility, require_whole
 from tests.leaks import Belongings, open_fds
+
+# A deadline for an example would be a timed test: on a busy machine it fails for nothing.
+settings.register_profile("kvmd", deadline=None)
+settings.load_profile("kvmd")
 
 _MARKED = {"kvm": Facility.KVM, "compiler": Facility.COMPILER}
 

@@ -99,7 +99,7 @@ class FakeVcpu:
         self.hypercall_result: int | None = None
         self.current = Registers()
         self.prepared: int | None = None
-        self.released = False
+        self.released = threading.Event()
 
     @property
     def index(self) -> int:
@@ -113,7 +113,7 @@ class FakeVcpu:
     def release_thread(self) -> None:
         """Note that it was given back by the thread that took it."""
         assert self.prepared == threading.get_ident()
-        self.released = True
+        self.released.set()
 
     def run(self) -> Exit:
         """Ask the guest, unless an exit was requested."""

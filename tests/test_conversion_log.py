@@ -156,10 +156,12 @@ async def test_what_a_slow_reader_loses_is_counted_in_the_stream(
     assert log.names == []
 
 
+@pytest.mark.parametrize("seconds_before_the_end", [0, 60])
 async def test_the_end_waits_for_a_reader_but_not_for_ever(
     ring: RecordRing,
     log: Log,
     tmp_path: Path,
+    seconds_before_the_end: int,
     autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
 ) -> None:
     path = tmp_path / "fifo"
@@ -170,6 +172,7 @@ async def test_the_end_waits_for_a_reader_but_not_for_ever(
             nursery.start_soon(writer.run)
             await wait_all_tasks_blocked()
             fill(ring, 5000)
+            await trio.sleep(seconds_before_the_end)  # the writer waits for room meanwhile
             started = trio.current_time()
             writer.end()
         assert trio.current_time() - started == pytest.approx(DRAIN_SECONDS)
@@ -264,6 +267,7 @@ async def test_a_writer_that_is_ended_before_it_runs_still_writes_what_there_is(
         writer.end()
         await writer.run()
     assert len(lines(path.read_bytes())) == 3
+    assert log.names == []
 
 
 def test_a_token_bucket_holds_its_rate() -> None:

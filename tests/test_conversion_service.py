@@ -132,14 +132,13 @@ async def test_a_large_change_is_made_off_the_event_loop_and_a_small_one_gets_in
 
     bench.protection.before_apply = hold_first
     loop_thread = threading.get_ident()
-    async with running(bench):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(bench.ask, request(0, pages(10, 100), SHARED, Cause.EXPLICIT))
-            await trio.to_thread.run_sync(first_chunk.wait)
-            # The loop is free while a chunk is being made: this very line runs on it.
-            nursery.start_soon(bench.ask, request(1, pages(200), SHARED))
-            await bench.until_requested(2)
-            go_on.set()
+    async with running(bench), trio.open_nursery() as nursery:
+        nursery.start_soon(bench.ask, request(0, pages(10, 100), SHARED, Cause.EXPLICIT))
+        await trio.to_thread.run_sync(first_chunk.wait)
+        # The loop is free while a chunk is being made: this very line runs on it.
+        nursery.start_soon(bench.ask, request(1, pages(200), SHARED))
+        await bench.until_requested(2)
+        go_on.set()
     _, records = bench.ring.reader(from_oldest=True).take(10)
     assert [record.vcpu for record in records] == [1, 0], "the small one is answered first"
     assert bench.protection.log[2] == ("apply", pages(200), SHARED)

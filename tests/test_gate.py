@@ -31,7 +31,7 @@ def test_what_is_there_is_used(facility: Facility, state: str | None, monkeypatc
 
 def test_what_is_missing_is_skipped_with_the_reason(facility: Facility, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(facility.value, "auto")
-    with pytest.raises(pytest.skip.Exception, match="^no such thing$"):
+    with pytest.raises(pytest.skip.Exception, match=r"^no such thing$"):
         require(facility, "no such thing")
 
 

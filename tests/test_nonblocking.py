@@ -1,8 +1,10 @@
+import array
 import contextlib
 import fcntl
 import os
 import pty
 import stat
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,6 +188,33 @@ async def test_a_fifo_survives_its_reader(tmp_path: Path) -> None:
                 assert os.read(reading, 100) == text
             finally:
                 os.close(reading)
+
+
+async def test_a_fifo_whose_reader_came_first_does_not_end_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    got: list[bytes] = []
+    async with trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            got.append(await trio.to_thread.run_sync(path.read_bytes))
+
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()  # the thread is on its way into open()
+        with NonBlockingWriter.of_path(path) as writer:
+            await writer.write(b"first\n")
+            await writer.write(b"second\n")
+            # Closed before the thread has opened it, nobody would ever write: wait until it has read.
+            with trio.fail_after(10):
+                while _unread(writer):  # noqa: ASYNC110 - the kernel has no event for that
+                    await trio.sleep(0.001)
+    assert got == [b"first\nsecond\n"]
+
+
+def _unread(writer: NonBlockingWriter) -> int:
+    count = array.array("i", [0])
+    fcntl.ioctl(writer._fd, termios.FIONREAD, count)
+    return count[0]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def demo(vcpus: int, names: tuple[str, ...]) -> int:
     if failed:
         print(f"kvmd: demo: not passed: {', '.join(result.name for result in failed)}", file=sys.stderr)
         return failed[0].stop.status or 1
-    console.print(f"All {len(results)} guests passed.", style="green")
+    console.print(f"{len(results)} of {len(results)} guests passed.", style="green")
     return 0
 
 

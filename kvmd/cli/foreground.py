@@ -63,24 +63,32 @@ class Foreground:
             outer.start_soon(self._log_pump.run)
             async with trio.open_nursery() as inner:
                 await inner.start(watch_signals, self._machine, self._log)
-                stop = await self._run_machine()
+                end = await self._run_machine()
                 inner.cancel_scope.cancel()
-            self._log_end(stop)
+            if isinstance(end, Stop):
+                self._log_end(end)
             self._log_pump.end()
-        return stop
+        if isinstance(end, Stop):
+            return end
+        raise end
 
-    async def _run_machine(self) -> Stop:
+    async def _run_machine(self) -> Stop | Exception:
+        """Run the machine; a bug in it must not cost what it printed and logged, so it is returned."""
+        end: Stop | Exception
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._console_pump.run)
             for follower in self._followers:
                 nursery.start_soon(follower.run)
-            stop = await self._machine.run()
+            try:
+                end = await self._machine.run()
+            except Exception as error:  # noqa: BLE001 - raised again by run
+                end = error
             self._console_pump.end()
             for follower in self._followers:
                 follower.end()
         if self._console_pump.cut_short:
             self._log.warning("console-output-unread", consequence="the last of it is lost")
-        return stop
+        return end
 
     def _log_end(self, stop: Stop) -> None:
         """Log what was odd, and as the last line why the machine ended and what it did."""

@@ -7,6 +7,7 @@ commands that nobody asked for.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from kvmd import __version__
-from kvmd.cli.startup import import_structlog_without_rich
+from kvmd.cli.startup import import_structlog_without_rich, open_standard_files
 from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
 from kvmd.stop import ExitStatus
 
@@ -60,6 +61,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
+    open_standard_files()
     sys.exit(run_cli(arguments))
 
 
@@ -70,20 +72,22 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
         arguments: those after the program's name; by default this process's.
     """
     try:
-        status: Any = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="kvmd", standalone_mode=False
-        )
+        # Not cli.main(): it has ideas of its own about statuses.
+        with cli.make_context("kvmd", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            status: Any = cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as error:  # --help and --version
+        return error.exit_code
     except click.ClickException as error:
         return _usage_error(error)
     except BrokenPipeError:
-        # Whoever read the output has enough of it: that is how `kvmd check | head` ends. Python would complain
-        # about the rest of the output at exit.
-        sys.stdout = None
+        # Whoever read the output has enough of it: that is how `kvmd check | head` ends. Python would complain at
+        # its exit about what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (click.Abort, KeyboardInterrupt):
         return ExitStatus.STOPPED
-    except Exception as error:  # noqa: BLE001 - the one place that says what becomes of a bug
+    except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 - the one place that says what becomes of a bug
         return _failure(error)
     return int(status or 0)
 

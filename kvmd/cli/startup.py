@@ -1,7 +1,8 @@
-"""What makes ``kvmd`` start quickly."""
+"""What ``kvmd`` does before anything else: what makes it start quickly, and safely."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, cast
 
@@ -22,3 +23,20 @@ def import_structlog_without_rich() -> None:
         import structlog  # noqa: F401, PLC0415 - for the side effect, at this moment
     finally:
         del modules["rich"]
+
+
+def open_standard_files() -> None:
+    """Open /dev/null in place of standard files that kvmd was started without (``>&-``).
+
+    Otherwise the next file that is opened gets such a number, and what is meant for the log goes into a guest's
+    descriptor.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open as long as we run
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - open as long as we run

@@ -56,9 +56,14 @@ class GuestResult:
 def summary(results: Sequence[GuestResult], *, unicode: bool) -> RenderableType:
     """Return the summary of guests that have ended."""
     converting = [result for result in results if result.stats.conversions]
-    parts: list[RenderableType] = [_outcomes(results, unicode=unicode)]
+    # Titles of their own: a table's title is wrapped to the table's width.
+    parts: list[RenderableType] = [Group(_title("Conversions"), _outcomes(results, unicode=unicode))]
     if converting:
-        parts += [_latencies(converting, unicode=unicode), _hottest(converting, unicode=unicode)]
+        micro = "µs" if unicode else "us"
+        latency = _title(f"Latency in {micro}, from a vCPU's exit to its answer")
+        parts.append(Group(latency, _latencies(converting, unicode=unicode)))
+        hottest = _title("Hottest pages, and how often each was converted")
+        parts.append(Group(hottest, _hottest(converting, unicode=unicode)))
     parts += [_memory(result, unicode=unicode) for result in converting]
     return Group(*(item for part in parts for item in (part, Text())))
 
@@ -88,14 +93,18 @@ def is_unicode(console: Console) -> bool:
     return console.encoding.lower().startswith("utf")
 
 
-def _table(title: str, *, unicode: bool) -> Table:
+def _title(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def _table(*, unicode: bool) -> Table:
     style = box.SIMPLE_HEAD if unicode else box.ASCII2
-    return Table(title=title, title_justify="left", title_style="bold", box=style, pad_edge=False, show_edge=False)
+    return Table(box=style, pad_edge=False, show_edge=False)
 
 
 def _outcomes(results: Sequence[GuestResult], *, unicode: bool) -> Table:
     """Conversions by cause and direction, and how the other requests ended: guests across, kinds down."""
-    table = _table("Conversions", unicode=unicode)
+    table = _table(unicode=unicode)
     table.add_column("")
     for result in results:
         table.add_column(result.name, justify="right")
@@ -118,8 +127,7 @@ def _outcomes(results: Sequence[GuestResult], *, unicode: bool) -> Table:
 
 
 def _latencies(results: Sequence[GuestResult], *, unicode: bool) -> Table:
-    micro = "µs" if unicode else "us"
-    table = _table(f"Latency in {micro}, from a vCPU's exit to its answer", unicode=unicode)
+    table = _table(unicode=unicode)
     for heading in ("", "part"):
         table.add_column(heading)
     for heading in ("median", "90 %", "99 %", "longest"):
@@ -140,7 +148,7 @@ def _latencies(results: Sequence[GuestResult], *, unicode: bool) -> Table:
 
 
 def _hottest(results: Sequence[GuestResult], *, unicode: bool) -> Table:
-    table = _table("Hottest pages: how often each was converted", unicode=unicode)
+    table = _table(unicode=unicode)
     for result in results:
         table.add_column(result.name)
     for rank in range(HOTTEST_SHOWN):
@@ -166,7 +174,11 @@ def _memory(result: GuestResult, *, unicode: bool) -> RenderableType:
         text = picture(result.memory_map, within, pinned=result.pinned, rows=rows, palette=palette, legend=legend)
         return colored_picture(text, palette)
 
-    title = Text(f"Memory of {result.name} after {result.mapped_at:.2f} s, when most of it was shared", style="bold")
+    if any(state is PageState.SHARED for _, state in result.memory_map):
+        when = f"after {result.mapped_at:.2f} s, when most of it was shared"
+    else:
+        when = "with nothing shared, as it was whenever looked at"
+    title = _title(f"Memory of {result.name} {when}")
     busy = _busy(result)
     parts = [title, drawn(whole, _PICTURE_ROWS, legend=True)]
     if busy.size_bytes * _ZOOM <= result.memory_bytes:

@@ -31,11 +31,11 @@ class Backing:
         try:
             os.ftruncate(self._fd, size_bytes)
             self.address = libc.map_shared(self._fd, size_bytes)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            # OverflowError: more than any file can have, which Python notices before the kernel does.
             os.close(self._fd)
-            raise HostError(
-                f"memory: this host cannot map {format_size(size_bytes)} ({error.strerror}): ask for less"
-            ) from error
+            why = error.strerror if isinstance(error, OSError) else "more than a file can hold"
+            raise HostError(f"memory: this host cannot map {format_size(size_bytes)} ({why}): ask for less") from error
 
     def address_of(self, gpa: int) -> int:
         """Return the host virtual address of ``gpa``."""

@@ -23,10 +23,14 @@ from kvmd.units import PAGE_SIZE
 PINNED_BYTES = 4 * PAGE_SIZE
 
 
-class FakeMachine:
-    """A machine that ends with status 0, unless ``script`` says otherwise."""
+Script = Callable[["FakeMachine"], Awaitable[Stop | None]]
+"""What the guest does; None: it ends with status 0."""
 
-    script: ClassVar[Callable[[FakeMachine], Awaitable[Stop | None]] | None] = None
+
+class FakeMachine:
+    """A machine whose guest does what ``script`` says; make a class for each test with ``machine_class``."""
+
+    script: ClassVar[Script]
     opened: ClassVar[list[FakeMachine]] = []
 
     def __init__(self, spec: MachineSpec) -> None:
@@ -74,7 +78,7 @@ class FakeMachine:
 
     async def run(self) -> Stop:
         await trio.lowlevel.checkpoint()
-        stop = None if type(self).script is None else await type(self).script(self)
+        stop = await type(self).script(self)
         return stop or Stop(StopReason.GUEST_EXIT, "all vCPUs ended", 0)
 
     async def wait_for_stop(self) -> Stop:
@@ -103,3 +107,13 @@ class FakeMachine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+async def does_nothing(_machine: FakeMachine) -> None:
+    """End at once."""
+    await trio.lowlevel.checkpoint()
+
+
+def machine_class(script: Script = does_nothing) -> type[FakeMachine]:
+    """Return a class of machines of its own, which remembers those it opened."""
+    return type("Fake", (FakeMachine,), {"script": staticmethod(script), "opened": []})

@@ -84,7 +84,7 @@ def test_a_picture_says_what_the_pages_say(
         per_cell *= 2
     expected = ""
     for at in range(0, len(drawn_pages), per_cell):
-        found = set(drawn_pages[at : at + per_cell]) - {None}
+        found = {state for state in drawn_pages[at : at + per_cell] if state is not None}
         if len(found) == 2:
             expected += "+"
         elif found and first + at < pinned:

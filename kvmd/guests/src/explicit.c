@@ -1,8 +1,8 @@
 /* explicit: explicit conversions of good and bad ranges, and what each must answer. Argument 0 chooses how to ask:
  * 0 port 0xC2, 1 VMCALL (Intel, CPL 0), 2 VMMCALL (AMD, CPL 0).
  *
- * Each vCPU works in a slice of its own of the free memory; at the end vCPU 0 converts all of it. Pages are looked
- * at only in the view that a conversion made live, so nothing here converts implicitly. */
+ * Each vCPU works in a slice of its own of the free memory; the last one to finish then converts all of it. Pages are
+ * looked at only in the view that a conversion made live, so nothing here converts implicitly. */
 #include "lib.h"
 
 #define SLICE_PAGES 16 /* of each vCPU */
@@ -218,8 +218,7 @@ int guest_main(u64 vcpu)
 	if (!good_requests(vcpu, slice) || !mixed_range(vcpu, slice) || !hints(vcpu, slice) ||
 	    !bad_requests(vcpu, slice))
 		failed = 1;
-	barrier();
-	if (vcpu != 0)
+	if (!last_to_finish())
 		return failed ? STATUS_WRONG : STATUS_OK;
 	if (failed || !everything(vcpu))
 		return STATUS_WRONG;

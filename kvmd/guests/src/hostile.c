@@ -230,8 +230,7 @@ static int count_together(u64 vcpu)
 	view = boot->first_free + boot->shared_offset;
 	for (u64 i = 0; i < rounds; i++)
 		__asm__ volatile("lock incq %0" : "+m"(*(volatile u64 *)view)::"memory", "cc");
-	barrier();
-	return vcpu == 0 ? wrong("counter", load64(view), rounds * boot->vcpus) : STATUS_OK;
+	return last_to_finish() ? wrong("counter", load64(view), rounds * boot->vcpus) : STATUS_OK;
 }
 
 int guest_main(u64 vcpu)

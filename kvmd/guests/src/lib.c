@@ -38,6 +38,13 @@ void barrier(void)
 		relax();
 }
 
+bool last_to_finish(void)
+{
+	static u32 finished;
+
+	return __atomic_add_fetch(&finished, 1, __ATOMIC_ACQ_REL) == boot->vcpus;
+}
+
 struct line {
 	char text[256];
 	unsigned length;

@@ -96,8 +96,12 @@ struct spinlock {
 void lock(struct spinlock *spinlock);
 void unlock(struct spinlock *spinlock);
 
-/* Wait until all vCPUs of the machine have come here. */
+/* Wait until all vCPUs of the machine have come here. Who waits spins, and takes host CPUs from whoever still has
+ * conversions to be made: for a start, not for an end. */
 void barrier(void);
+
+/* Each vCPU calls it once, when it is done; true for the last of them, which sees all that the others stored. */
+bool last_to_finish(void);
 
 /* Ask for a conversion once; 0, E_INVALID or E_AGAIN, or whatever else RAX holds. */
 u64 convert_once(u64 gpa, u64 pages, u64 attributes);

@@ -1,0 +1,63 @@
+import json
+from typing import Self
+
+import pytest
+
+from kvmd.cli import check as module
+from kvmd.cli.main import run_cli
+from kvmd.errors import HostError
+from kvmd.kvm.capabilities import CapabilityReport
+from kvmd.stop import ExitStatus
+from tests.cli.test_host_report import answers
+
+
+class FakeKvm:
+    @classmethod
+    def open(cls) -> Self:
+        return cls()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class NoKvm:
+    @classmethod
+    def open(cls) -> FakeKvm:
+        raise HostError("/dev/kvm is missing: load the module")
+
+
+def fake_host(monkeypatch: pytest.MonkeyPatch, reports: list[CapabilityReport]) -> None:
+    monkeypatch.setattr(module, "Kvm", FakeKvm)
+    monkeypatch.setattr(module, "probe", lambda _kvm: tuple(reports))
+
+
+def test_a_usable_host_is_status_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_host(monkeypatch, answers())
+    assert run_cli(["check"]) == 0
+    assert capsys.readouterr().out.startswith("kvmd can run guests on this host.")
+
+
+def test_a_host_of_no_use_is_status_121(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_host(monkeypatch, answers(KVM_CAP_USER_MEMORY=0))
+    assert run_cli(["check"]) == ExitStatus.HOST
+    assert capsys.readouterr().out.startswith("kvmd cannot run guests on this host.")
+
+
+def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_host(monkeypatch, answers(KVM_CAP_USER_MEMORY=0))
+    assert run_cli(["check", "--json"]) == ExitStatus.HOST
+    assert json.loads(capsys.readouterr().out)["usable"] is False
+
+
+def test_a_host_without_kvm_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "Kvm", NoKvm)
+    assert run_cli(["check"]) == ExitStatus.HOST
+    assert capsys.readouterr().err == "kvmd: error: /dev/kvm is missing: load the module\n"
+    assert run_cli(["check", "--json"]) == ExitStatus.HOST
+    assert json.loads(capsys.readouterr().out) == {
+        "usable": False,
+        "problem": "/dev/kvm is missing: load the module",
+    }

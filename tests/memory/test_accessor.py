@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kvmd.memory.accessor import HostAccessor, PrivateMemory
+from kvmd.memory.backing import Backing
+from kvmd.memory.page_state import PageStateMap
+from kvmd.ranges import GpaRange, PageState
+from kvmd.units import PAGE_SIZE
+
+PAGES = 8
+SIZE = PAGES * PAGE_SIZE
+WATCHDOG_SECONDS = 20.0
+"""Only a test that fails waits this long."""
+
+
+class WatchedLock:
+    """A lock that says when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.waited_for = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.waited_for.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def locked(self) -> bool:
+        return self._lock.locked()
+
+
+class Rig:
+    """Pages 2 to 4 (exclusive) are shared, the others private."""
+
+    def __init__(self, shared: Backing) -> None:
+        self.shared = shared
+        self.state = PageStateMap(SIZE, PageState.PRIVATE)
+        self.state.set(GpaRange(2 * PAGE_SIZE, 4 * PAGE_SIZE), PageState.SHARED, 1, explicit=True)
+        self.lock = WatchedLock()
+        # Structurally a lock, as far as the accessor uses one.
+        self.accessor = HostAccessor(self.state, shared, self.lock)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with Backing("shared", SIZE) as shared:
+        yield Rig(shared)
+
+
+def access(rig: Rig, kind: str, gpa: int, size: int) -> None:
+    if kind == "read":
+        rig.accessor.read(gpa, size)
+    else:
+        rig.accessor.write(gpa, b"x" * size)
+
+
+kinds = pytest.mark.parametrize("kind", ["read", "write"])
+
+
+def test_shared_memory_is_read_and_written_across_pages(rig: Rig) -> None:
+    rig.accessor.write(3 * PAGE_SIZE - 2, b"over")
+    assert rig.accessor.read(3 * PAGE_SIZE - 3, 6) == b"\0over\0"
+    assert rig.accessor.read(2 * PAGE_SIZE, 2 * PAGE_SIZE).count(b"over") == 1
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("gpa", "size", "first"),
+    [
+        (0, 1, 0),
+        (2 * PAGE_SIZE - 1, 1, PAGE_SIZE),
+        (2 * PAGE_SIZE - 1, 2, PAGE_SIZE),
+        (4 * PAGE_SIZE - 1, 2, 4 * PAGE_SIZE),
+        (4 * PAGE_SIZE, 1, 4 * PAGE_SIZE),
+        (2 * PAGE_SIZE, 3 * PAGE_SIZE, 4 * PAGE_SIZE),
+        (0, SIZE, 0),
+        (SIZE - 1, 1, SIZE - PAGE_SIZE),
+    ],
+)
+def test_private_memory_is_refused_even_where_only_the_end_is(
+    rig: Rig, kind: str, gpa: int, size: int, first: int
+) -> None:
+    with pytest.raises(PrivateMemory, match=f"at {first:#x} is private") as caught:
+        access(rig, kind, gpa, size)
+    assert caught.value.gpa == first
+    assert rig.shared.held_bytes() == 0, "not even the shared part of it is written"
+    assert not rig.lock.locked()
+
+
+@kinds
+@pytest.mark.parametrize(("gpa", "size"), [(-1, 1), (SIZE, 1), (SIZE - 1, 2), (0, 0), (2 * PAGE_SIZE, 0), (1 << 70, 1)])
+def test_nothing_outside_memory_and_no_nothing(rig: Rig, kind: str, gpa: int, size: int) -> None:
+    with pytest.raises(IndexError, match="are not within memory"):
+        access(rig, kind, gpa, size)
+    assert not rig.lock.locked()
+
+
+def test_a_negative_size_is_refused(rig: Rig) -> None:
+    with pytest.raises(IndexError):
+        rig.accessor.read(2 * PAGE_SIZE, -1)
+
+
+@pytest.fixture
+def in_thread() -> Iterator[Callable[[Callable[[], None]], threading.Thread]]:
+    threads: list[threading.Thread] = []
+
+    def start(work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=work)
+        threads.append(thread)
+        thread.start()
+        return thread
+
+    yield start
+    for thread in threads:
+        thread.join(WATCHDOG_SECONDS)
+
+
+@kinds
+def test_an_access_waits_for_a_conversion_and_then_sees_its_result(
+    rig: Rig, kind: str, in_thread: Callable[[Callable[[], None]], threading.Thread]
+) -> None:
+    refused: list[int] = []
+
+    def device() -> None:
+        try:
+            access(rig, kind, 2 * PAGE_SIZE, 4)
+        except PrivateMemory as error:
+            refused.append(error.gpa)
+
+    with rig.lock:
+        # A conversion is under way: the page is still shared, and will not be.
+        thread = in_thread(device)
+        assert rig.lock.waited_for.wait(WATCHDOG_SECONDS)
+        assert refused == []
+        rig.state.set(GpaRange(2 * PAGE_SIZE, 3 * PAGE_SIZE), PageState.PRIVATE, 2, explicit=False)
+    thread.join(WATCHDOG_SECONDS)
+    assert refused == [2 * PAGE_SIZE]
+    assert rig.shared.held_bytes() == 0
+
+
+@kinds
+def test_a_page_cannot_turn_private_in_the_middle_of_an_access(
+    rig: Rig,
+    kind: str,
+    in_thread: Callable[[Callable[[], None]], threading.Thread],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    converting: list[bool] = []
+
+    def converter() -> None:
+        with rig.lock:
+            converting.append(True)
+
+    def in_the_middle(_gpa: int, _: object) -> bytes:
+        in_thread(converter)
+        assert rig.lock.waited_for.wait(WATCHDOG_SECONDS)
+        assert converting == []
+        return b""
+
+    monkeypatch.setattr(rig.shared, kind, in_the_middle)
+    access(rig, kind, 2 * PAGE_SIZE, 4)
