@@ -14,21 +14,25 @@ from bench.runs import Load, run_floor, run_kvmd
 TARGET = 1.5
 """What kvmd may take at most, in floors with a service thread."""
 
+_LOADS = (Load(vcpus=1, rounds=17), Load(vcpus=4, rounds=5))
 _UNITS = ("us", "us")
 
 
 def measure(options: Options) -> Report:
     """Measure with 1 and 4 vCPUs."""
     report = Report("pingpong", "one conversion, end to end")
-    for load in (Load(vcpus=1, rounds=17), Load(vcpus=4, rounds=5)):
+    for load in _LOADS:
         _measure_load(report, load, options)
     report.notes += [
-        "`floor` is bench/floor.c: converting in a `service` thread that the faulting one wakes and waits for, as kvmd "
-         "does by its design, or in the faulting `thread`",
-        "`in KVM` is the part of it that goes into changing slots and discarding; kvmd's has its own Python code "
-         "between those calls in it, and waiting for the interpreter lock after each",
-        "16 pages for each vCPU, 64 MiB of memory; 512 conversions a round with 1 vCPU as with 4, the guest's first "
-         "walk left out",
+        (
+            "`floor` is bench/floor.c: it converts in a `service` thread that the faulting one wakes and waits for, as "
+            "kvmd by its design, or in the faulting `thread`"
+        ),
+        (
+            "`in KVM`: the part that goes into changing slots and discarding; in kvmd's is also its Python between "
+            "these calls, and its waiting for the interpreter lock after each"
+        ),
+        f"16 pages for each vCPU, 64 MiB of memory, {_LOADS[0].steady} conversions a round, the first walk not counted",
     ]
     return report
 

@@ -49,6 +49,11 @@ class Load:
         return 2 * self.vcpus * self.pages
 
     @property
+    def steady(self) -> int:
+        """Conversions of the other rounds."""
+        return self.conversions - self.first_round
+
+    @property
     def conversions(self) -> int:
         """Conversions of all rounds."""
         return self.first_round * self.rounds

@@ -50,7 +50,9 @@ def measure(options: Options) -> Report:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(_ROOT)}
+    """Return this process's, but with bytecode that is kept: an installed kvmd has it."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": str(_ROOT), "PYTHONPYCACHEPREFIX": str(_ROOT / "build" / "bench" / "pycache")}
 
 
 def _first_byte(arguments: Sequence[str]) -> float:

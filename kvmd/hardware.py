@@ -95,7 +95,7 @@ def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], Abstra
                     pinned=boot.pinned,
                     c_bit=c_bit,
                     tripwire=tripwire,
-                    slot_count=vm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS),
+                    slot_count=memslot_count(vm),
                     quiesce=quiesce,
                 )
                 stack.callback(emulation.close)
@@ -136,6 +136,11 @@ def choose_tripwire(vm: Vm, requested: str) -> Tripwire:
             "host's KVM lacks: use --tripwire hole, or auto",
         )
     return Tripwire.GUEST_MEMFD
+
+
+def memslot_count(vm: Vm) -> int:
+    """Return how many memslots the VM has."""
+    return vm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS)
 
 
 def _check_vcpus(kvm: Kvm, vcpus: int) -> None:

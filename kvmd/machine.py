@@ -140,7 +140,7 @@ class Machine:
         """Take all vCPUs out of the guest, with their I/O completed, and keep them out.
 
         Raises:
-            MachineStateError: it is not running.
+            MachineStateError: it is not running, or it ended meanwhile.
         """
         self._need("pause", "running")
         self._state_name = "paused"
@@ -149,6 +149,7 @@ class Machine:
         self.console.release()
         self._gate.pause()
         await self._parked.wait()
+        self._need("pause", "paused")
 
     async def resume(self) -> None:
         """Let the vCPUs in again.

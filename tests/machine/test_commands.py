@@ -1,0 +1,151 @@
+"""Stop, pause, resume and kicks on the real KVM, and what is refused before a machine starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from kvmd.errors import ConfigError, HostError, ImageError, MachineStateError
+from kvmd.guests import GUESTS
+from kvmd.machine import Machine
+from kvmd.spec import MachineSpec
+from kvmd.stop import ExitStatus, Stop, StopReason
+from kvmd.units import MIB, TIB
+from tests.machine.conftest import RUN_SECONDS, OpenMachine
+
+pytestmark = pytest.mark.kvm
+
+
+async def until_converted(machine: Machine, count: int) -> None:
+    """Wait until so many requests were answered: the gate that says the guest is at work."""
+    while machine.records.appended < count:
+        await trio.sleep(0.001)
+
+
+@pytest.mark.parametrize("vcpus", [1, 4])
+async def test_a_guest_that_spins_is_stopped(open_machine: OpenMachine, vcpus: int) -> None:
+    machine = open_machine("hostile", 5, vcpus=vcpus)
+    with trio.fail_after(RUN_SECONDS):
+        async with trio.open_nursery() as nursery:
+
+            async def stop_it() -> None:
+                await trio.sleep(0.05)
+                machine.stop()
+
+            nursery.start_soon(stop_it)
+            stop = await machine.run()
+    assert (stop.reason, stop.status) == (StopReason.OPERATOR, ExitStatus.STOPPED)
+    assert machine.state == "stopped"
+
+
+async def test_cancelling_the_run_stops_a_guest_that_spins(open_machine: OpenMachine) -> None:
+    machine = open_machine("hostile", 5, vcpus=2)
+    with trio.fail_after(RUN_SECONDS), trio.move_on_after(0.05):
+        await machine.run()
+    machine.close()
+    assert machine.state == "closed"
+
+
+@pytest.mark.parametrize(("guest", "vcpus"), [("pingpong", 1), ("pingpong", 4), ("contend", 4)])
+async def test_a_storm_of_pauses_loses_nothing(open_machine: OpenMachine, guest: str, vcpus: int) -> None:
+    machine = open_machine(guest, 4, 60, vcpus=vcpus)
+    stops: list[Stop] = []
+    done = trio.Event()
+
+    async def run() -> None:
+        stops.append(await machine.run())
+        done.set()
+
+    pauses = 0
+    with trio.fail_after(RUN_SECONDS):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await until_converted(machine, 1)
+            while not done.is_set():
+                try:
+                    await machine.pause()
+                    frozen = machine.records.appended, machine.console.total_bytes
+                    for _ in range(5):
+                        await trio.lowlevel.checkpoint()
+                    assert (machine.records.appended, machine.console.total_bytes) == frozen, "paused is paused"
+                    await machine.resume()
+                except MachineStateError as error:
+                    assert error.found == "stopped"  # its last vCPU ended on the way to the pause
+                    break
+                pauses += 1
+                await trio.lowlevel.checkpoint()
+    # The guest checked every byte itself, and would have said so.
+    assert (stops[0].reason, stops[0].status) == (StopReason.GUEST_EXIT, 0)
+    assert pauses > 5
+
+
+async def test_a_paused_guest_can_be_stopped(open_machine: OpenMachine) -> None:
+    machine = open_machine("pingpong", 16, 10000, vcpus=4)
+    with trio.fail_after(RUN_SECONDS):
+        async with trio.open_nursery() as nursery:
+
+            async def pause_and_stop() -> None:
+                await until_converted(machine, 20)
+                await machine.pause()
+                with pytest.raises(MachineStateError, match="needs a machine that is running, this one is paused"):
+                    await machine.pause()
+                machine.stop()
+
+            nursery.start_soon(pause_and_stop)
+            stop = await machine.run()
+    assert stop.reason is StopReason.OPERATOR
+
+
+async def test_stopping_at_random_moments_leaves_nothing(open_machine: OpenMachine) -> None:
+    for moment in range(1, 60, 6):
+        machine = open_machine("contend", 4, 10000, vcpus=4)
+        with trio.fail_after(RUN_SECONDS):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(machine.run)
+                await until_converted(machine, moment)
+                machine.stop()
+        machine.close()
+
+
+async def test_a_machine_runs_once(open_machine: OpenMachine) -> None:
+    machine = open_machine("hello")
+    assert (await machine.run()).status == 0
+    with pytest.raises(MachineStateError, match="cannot run"):
+        await machine.run()
+    with pytest.raises(MachineStateError, match="cannot resume"):
+        await machine.resume()
+
+
+async def test_64_vcpus_start(open_machine: OpenMachine) -> None:
+    with trio.fail_after(RUN_SECONDS):
+        stop = await open_machine("hello", vcpus=64).run()
+    assert stop.status == 0
+
+
+def spec(**changes: object) -> MachineSpec:
+    """Return the spec of a small machine, changed."""
+    fields: dict[str, object] = {"image": Path(GUESTS["hello"].path), **changes}
+    return MachineSpec(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"vcpus": 4096}, ConfigError, "this host's KVM allows at most"),
+        ({"memory": 1 * MIB}, ImageError, "at least"),
+        ({"memory": 30 * TIB}, HostError, "ask for less"),
+        ({"memory": 64 * TIB}, ConfigError, "memory"),
+        ({"image": Path("/nowhere/guest.elf")}, ImageError, "/nowhere/guest.elf: No such file"),
+        ({"image": Path("/dev/null")}, ImageError, "ELF"),
+        ({"image": Path("/etc")}, ImageError, "/etc"),
+        ({"image": Path(__file__)}, ImageError, "ELF"),
+    ],
+)
+def test_what_cannot_be_started_says_why_in_one_line(
+    changes: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as raised:
+        Machine.open(spec(**changes))
+    assert "\n" not in str(raised.value)
