@@ -66,7 +66,7 @@ def test_race_2_opposite_directions_are_two_changes_one_after_the_other() -> Non
     change = script.step()
     assert change is not None
     assert change.to is SHARED
-    assert back.answer is None, "the second has to wait for the first to be finished"
+    assert not script.is_answered(back), "the second has to wait for the first to be finished"
     with pytest.raises(RuntimeError, match="not finished"):
         script.rules.next_change()
     script.make(change)
@@ -400,8 +400,8 @@ def test_a_small_request_waits_no_longer_than_one_chunk() -> None:
     assert second is not None
     assert second.range == pages(50)
     script.make(second)
-    assert small.answer is not None
-    assert large.answer is None
+    assert script.is_answered(small)
+    assert not script.is_answered(large)
     script.run()
     assert large.answer is not None
     assert large.answer.outcome is Outcome.CONVERTED
@@ -432,7 +432,8 @@ def test_a_request_in_the_way_of_a_large_one_waits_for_all_of_it() -> None:
         change = script.step()
         assert change is not None
         assert change.tickets == (large,)
-        assert (back.answer, stale.answer) == (None, None)
+        assert not script.is_answered(back)
+        assert not script.is_answered(stale)
         script.make(change)
     assert large.answer is not None, "told the truth: all of it is shared at this moment"
     script.run()

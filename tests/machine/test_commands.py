@@ -20,8 +20,12 @@ pytestmark = pytest.mark.kvm
 
 async def until_converted(machine: Machine, count: int) -> None:
     """Wait until so many requests were answered: the gate that says the guest is at work."""
+    reader = machine.records.reader()
     while machine.records.appended < count:
-        await trio.sleep(0.001)
+        reader.take(count)
+        answered = trio.Event()
+        reader.wake_once(answered.set)
+        await answered.wait()
 
 
 @pytest.mark.parametrize("vcpus", [1, 4])
@@ -71,11 +75,11 @@ async def test_a_storm_of_pauses_loses_nothing(open_machine: OpenMachine, guest:
                         await trio.lowlevel.checkpoint()
                     assert (machine.records.appended, machine.console.total_bytes) == frozen, "paused is paused"
                     await machine.resume()
-                except MachineStateError as error:
-                    assert error.found == "stopped"  # its last vCPU ended on the way to the pause
-                    break
+                except MachineStateError:
+                    break  # its last vCPU ended on the way to the pause
                 pauses += 1
                 await trio.lowlevel.checkpoint()
+    assert machine.state == "stopped"
     # The guest checked every byte itself, and would have said so.
     assert (stops[0].reason, stops[0].status) == (StopReason.GUEST_EXIT, 0)
     assert pauses > 5

@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from kvmd import hardware
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.memory.accessor import PrivateMemory
 from kvmd.ranges import GpaRange, PageState
+from kvmd.spec import ConversionSpec
 from kvmd.stop import ExitStatus, StopReason
 from kvmd.units import MIB, PAGE_SIZE
 from tests.machine.conftest import OpenMachine, Ran, finish
@@ -157,8 +159,6 @@ async def test_out_of_memslots_is_eagain_for_a_request_and_the_end_for_a_fault(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With few memslots, since all of a real KVM's take 8,000 conversions (see the slow test below)."""
-    from kvmd import hardware
-
     monkeypatch.setattr(hardware, "memslot_count", lambda _vm: 512)
     explicit = await run("hostile", 14)
     assert (explicit.stop.reason, explicit.stop.status) == (StopReason.GUEST_EXIT, 0)
@@ -182,8 +182,6 @@ async def test_alternating_pages_exhaust_the_memslots_of_a_real_kvm_at_128_mib(r
 
 
 async def test_a_policy_against_implicit_conversions_stops_the_guest(open_machine: OpenMachine) -> None:
-    from kvmd.spec import ConversionSpec
-
     ran = await finish(open_machine("pingpong", conversion=ConversionSpec(implicit="deny")))
     assert ran.stop.reason is StopReason.IMPLICIT_DENIED
     assert ran.machine.memory_map() == [(GpaRange(0, 64 * MIB), PRIVATE)]
