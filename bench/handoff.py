@@ -27,7 +27,6 @@ from kvmd.conversion.changes import Limits
 from kvmd.conversion.messages import Cause, ConversionRequest, MmioAccess, Outcome
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
-from kvmd.conversion.stats import ConversionStats
 from kvmd.conversion_service import ConversionService, Waiter
 from kvmd.hv.exits import MemoryFault
 from kvmd.memory.page_state import PageStateMap
@@ -177,7 +176,6 @@ def _service() -> ConversionService:
         rules,
         InstantProtection(),
         memory_lock=threading.Lock(),
-        stats=ConversionStats(),
         ring=RecordRing(),
     )
 

@@ -28,7 +28,6 @@ from kvmd.conversion.messages import Answer, ConversionRequest, GuestResult, Out
 from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
-from kvmd.conversion.stats import ConversionStats
 from kvmd.errors import BackendError
 from kvmd.protection.base import Protection
 from kvmd.ranges import GpaRange
@@ -103,7 +102,6 @@ class ConversionService:
         rules: decide; owned by this service from now on.
         protection: makes changes real.
         memory_lock: held while memory changes hands, and by whoever reads guest memory for the host.
-        stats: counts what was answered.
         ring: takes a record of every answer.
     """
 
@@ -113,13 +111,11 @@ class ConversionService:
         protection: Protection,
         *,
         memory_lock: threading.Lock,
-        stats: ConversionStats,
         ring: RecordRing,
     ) -> None:
         self._rules = rules
         self._protection = protection
         self._memory_lock = memory_lock
-        self._stats = stats
         self._ring = ring
         self._inbox: deque[Pending] = deque()
         self._inbox_lock = threading.Lock()
@@ -206,6 +202,8 @@ class ConversionService:
             self._deliver()
 
     def _empty_inbox(self) -> list[Pending]:
+        if not self._inbox:
+            return []
         with self._inbox_lock:
             arrived = list(self._inbox)
             self._inbox.clear()
@@ -309,9 +307,9 @@ class ConversionService:
 
     def _deliver(self) -> None:
         """Answer what the rules settled, wake the threads, then write the records: the guest comes first."""
-        settled = self._rules.take_settled()
-        if not settled:
+        if not self._rules.has_settled:
             return
+        settled = self._rules.take_settled()
         for ticket in settled:
             if isinstance(ticket, Pending) and ticket.answer is not None:
                 ticket.waiter.answer(self._with_access(ticket.request, ticket.answer))
@@ -348,4 +346,3 @@ class ConversionService:
             discarding_us=ticket.discard_ns / 1000,
         )
         self._ring.append(record)
-        self._stats.add(record)

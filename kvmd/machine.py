@@ -34,6 +34,8 @@ from kvmd.vcpu_tasks import VcpuTasks
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
+_COUNT_SECONDS = 1.0
+_COUNT_AT_ONCE = 256
 _IMAGE_LIMIT = GIB
 """The largest image file that is read."""
 
@@ -55,8 +57,8 @@ class Machine:
 
     def __init__(self, spec: MachineSpec, hardware: Hardware, gate: RunGate, parked: _Parked) -> None:
         self.spec = spec
-        self.stats = ConversionStats()
         self.records = RecordRing()
+        self.stats = ConversionStats(self.records.reader())
         self.console = ConsoleOutput()
         self.ports = PortBus()
         self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console))
@@ -78,9 +80,7 @@ class Machine:
             implicit=ImplicitPolicy(spec.conversion.implicit),
         )
         rules = ConversionRules(state, pinned=self.pinned, limits=limits)
-        self._service = ConversionService(
-            rules, hardware.protection, memory_lock=memory_lock, stats=self.stats, ring=self.records
-        )
+        self._service = ConversionService(rules, hardware.protection, memory_lock=memory_lock, ring=self.records)
         around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
@@ -126,6 +126,7 @@ class Machine:
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._service.run)
+                nursery.start_soon(self._count)
                 stop = await self._tasks.run()
                 nursery.cancel_scope.cancel()
         finally:
@@ -189,6 +190,13 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    async def _count(self) -> None:
+        """Count conversions now and then, not while a vCPU waits for its answer."""
+        while True:
+            await trio.sleep(_COUNT_SECONDS)
+            while self.stats.catch_up(_COUNT_AT_ONCE):
+                await trio.lowlevel.checkpoint()
 
     def _on_stopping(self, stop: Stop) -> None:
         self._service.close(stop)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+import msgspec
 
 from kvmd.units import PAGE_MASK, PAGE_SIZE
 
@@ -23,8 +24,7 @@ class PageState(enum.Enum):
         return PageState.SHARED if self is PageState.PRIVATE else PageState.PRIVATE
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class GpaRange:
+class GpaRange(msgspec.Struct, frozen=True, order=True, gc=False):
     """Guest-physical addresses ``[start, end)`` in bytes: page-aligned, not empty, without the C-bit.
 
     Raises:
@@ -35,10 +35,12 @@ class GpaRange:
     end: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end <= GPA_LIMIT:
+        start, end = self.start, self.end
+        if 0 <= start < end <= GPA_LIMIT and not (start | end) & PAGE_MASK:
+            return
+        if not 0 <= start < end <= GPA_LIMIT:
             raise ValueError(f"[{self.start:#x}, {self.end:#x}) is empty or not within [0, {GPA_LIMIT:#x})")
-        if (self.start | self.end) & PAGE_MASK:
-            raise ValueError(f"[{self.start:#x}, {self.end:#x}) is not aligned to {PAGE_SIZE} bytes")
+        raise ValueError(f"[{self.start:#x}, {self.end:#x}) is not aligned to {PAGE_SIZE} bytes")
 
     @classmethod
     def of_size(cls, gpa: int, size_bytes: int) -> GpaRange:

@@ -1,9 +1,9 @@
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import structlog
 import trio
@@ -67,7 +67,7 @@ def ring() -> RecordRing:
 
 def fill(ring: RecordRing, count: int, **changes: Any) -> None:
     for _ in range(count):
-        ring.append(dataclasses.replace(RECORD, sequence=ring.appended + 1, **changes))
+        ring.append(msgspec.structs.replace(RECORD, sequence=ring.appended + 1, **changes))
 
 
 def lines(text: bytes) -> list[dict[str, Any]]:

@@ -53,9 +53,9 @@ def build(limits: Limits | None = None, memory_pages: int = MEMORY_PAGES) -> Ben
     state = PageStateMap(memory_pages * PAGE_SIZE, PRIVATE)
     rules = ConversionRules(state, pinned=pages(0, PINNED_PAGES), limits=limits or Limits())
     protection = RecordingProtection(memory_pages * PAGE_SIZE)
-    lock, stats, ring = threading.Lock(), ConversionStats(), RecordRing()
-    service = ConversionService(rules, protection, memory_lock=lock, stats=stats, ring=ring)
-    return Bench(service, protection, state, rules, ring, stats, lock)
+    lock, ring = threading.Lock(), RecordRing()
+    service = ConversionService(rules, protection, memory_lock=lock, ring=ring)
+    return Bench(service, protection, state, rules, ring, ConversionStats(ring.reader()), lock)
 
 
 @asynccontextmanager

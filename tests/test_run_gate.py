@@ -428,6 +428,31 @@ def test_nobody_completes_io_while_others_are_quiesced(rig: Rig) -> None:
     assert runner.vcpu.completed == 1
 
 
+def test_quiescing_waits_for_a_vcpu_that_completes_its_io_in_a_pause(rig: Rig) -> None:
+    rig.start(1)
+    runner = rig.in_io(0)
+    rig.gate.pause()
+    runner.vcpu.deaf = True
+    runner.handled.release()
+    runner.vcpu.await_entry(2)
+    found: list[bool] = []
+
+    def quiesce() -> None:
+        with rig.gate.quiesce():
+            found.append(runner.vcpu.running)
+
+    thread = threading.Thread(target=quiesce)
+    thread.start()
+    try:
+        rig.condition.await_waits(1)
+        assert found == []
+    finally:
+        runner.vcpu.hear_again()
+        thread.join(WATCHDOG_SECONDS)
+    assert found == [False]
+    rig.await_parked()
+
+
 def test_quiescing_a_paused_machine_leaves_it_paused(rig: Rig) -> None:
     vcpus = rig.start(2)
     rig.gate.pause()

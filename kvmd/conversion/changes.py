@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import msgspec
+
 from kvmd.conversion.messages import Answer, ConversionRequest
 from kvmd.ranges import GpaRange, PageState
 from kvmd.units import MIB
@@ -63,8 +65,7 @@ class Ticket:
         self.range: GpaRange | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """One change to make, of at most a chunk.
 
     Attributes:

@@ -1,9 +1,14 @@
-"""What a vCPU asks of the conversion service, and what it is told: frozen and complete."""
+"""What a vCPU asks of the conversion service, and what it is told: frozen and complete.
+
+These are msgspec structs, like all messages that a conversion makes: a frozen dataclass takes five times as long to
+create, which adds up to some ten microseconds a conversion.
+"""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+import msgspec
 
 from kvmd.ranges import PageState
 from kvmd.stop import Stop
@@ -39,8 +44,7 @@ class GuestResult(enum.IntEnum):
     EINVAL = 22
 
 
-@dataclass(frozen=True, slots=True)
-class MmioAccess:
+class MmioAccess(msgspec.Struct, frozen=True):
     """A data access that KVM could not make itself: the service makes it, once the page is in its state.
 
     Attributes:
@@ -54,8 +58,7 @@ class MmioAccess:
     data: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionRequest:
+class ConversionRequest(msgspec.Struct, frozen=True):
     """A request as it came from the guest: nothing in it has been checked.
 
     Attributes:
@@ -79,8 +82,7 @@ class ConversionRequest:
     access: MmioAccess | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """The answer to one request.
 
     Attributes:

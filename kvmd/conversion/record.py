@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.ranges import PageState
 
 
-@dataclass(frozen=True, slots=True)
-class ConversionRecord:
+class ConversionRecord(msgspec.Struct, frozen=True, gc=False):
     """One answered request for a conversion.
 
     Attributes:

@@ -41,6 +41,8 @@ class _Work:
     explicit: bool
     tickets: list[Ticket]
     cursor: int = 0
+    is_uniform: bool = False
+    """One request of at most a chunk, none of it in the state yet: the usual case, and there is nothing to look for."""
 
 
 @dataclass(slots=True)
@@ -74,6 +76,7 @@ class ConversionRules:
     def __init__(self, state: PageStateMap, *, pinned: GpaRange | None, limits: Limits) -> None:
         self.state = state
         self.sequence = 0
+        self._last_explicit = 0
         self._pinned = pinned
         self._limits = limits
         self._pending: deque[Ticket] = deque()
@@ -115,6 +118,11 @@ class ConversionRules:
 
     # -- changes -------------------------------------------------------------------------------------------
 
+    @property
+    def has_settled(self) -> bool:
+        """Tell whether ``take_settled`` would return anything."""
+        return bool(self._settled)
+
     def next_change(self) -> Change | None:
         """Decide what comes next: answer what needs no change, and return the change to make, if any.
 
@@ -143,8 +151,10 @@ class ConversionRules:
         """
         if end <= change.range.start:
             return None
-        applied = GpaRange(change.range.start, end)
+        applied = change.range if end == change.range.end else GpaRange(change.range.start, end)
         self.sequence += 1
+        if change.explicit:
+            self._last_explicit = self.sequence
         self.state.set(applied, change.to, self.sequence, explicit=change.explicit)
         return applied
 
@@ -233,12 +243,14 @@ class ConversionRules:
     def _may_convert_implicitly(self, ticket: Ticket, range_: GpaRange) -> bool:
         """Tell whether a fault is recent, and allowed, to convert; answer it if not."""
         request = ticket.request
+        policy = self._limits.implicit
+        if policy is ImplicitPolicy.ALLOW and request.entered_at >= self._last_explicit:
+            return True
         moving = [segment for segment in self.state.segments(range_) if segment.state is not request.to]
         # An access that came as MMIO cannot be tried again: KVM has decoded it and waits for its data.
         if request.access is None and any(segment.explicit_generation > request.entered_at for segment in moving):
             self._settle(ticket, Answer(Outcome.STALE))
             return False
-        policy = self._limits.implicit
         if policy is ImplicitPolicy.DENY or (
             policy is ImplicitPolicy.KEEP_EXPLICIT and any(segment.is_explicit for segment in moving)
         ):
@@ -267,7 +279,9 @@ class ConversionRules:
             self._merge_pending(work, pending, held)
         for member in work.tickets:
             member.merged = len(work.tickets)
-        queue = self._short if work.range.size_bytes <= self._limits.chunk_bytes else self._long
+        is_short = work.range.size_bytes <= self._limits.chunk_bytes
+        work.is_uniform = is_short and len(work.tickets) == 1 and ticket.came_from is work.to.opposite
+        queue = self._short if is_short else self._long
         queue.append(work)
 
     def _merge_pending(self, work: _Work, pending: deque[Ticket], held: list[Ticket]) -> None:
@@ -316,12 +330,16 @@ class ConversionRules:
         """Return the next change of the work, or None where nothing is left to change."""
         if work.cursor >= work.range.end:
             return None
+        if work.is_uniform:
+            return self._change_of(work, work.range)
         rest = GpaRange(work.cursor, work.range.end)
         start = self.state.first_in_state(work.to.opposite, rest)
         if start is None:
             return None
         window = GpaRange(start, min(start + self._limits.chunk_bytes, work.range.end))
-        range_ = GpaRange(start, self.state.end_in_state(work.to.opposite, window))
+        return self._change_of(work, GpaRange(start, self.state.end_in_state(work.to.opposite, window)))
+
+    def _change_of(self, work: _Work, range_: GpaRange) -> Change:
         leaked = self._leaks.sides[work.to]
         return Change(range_, work.to, work.explicit, leaked.within(range_) if leaked else (), tuple(work.tickets))
 

@@ -7,11 +7,11 @@ knows what that bit means (see ``kvmd.protection``).
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class PortIo:
+class PortIo(msgspec.Struct, frozen=True):
     """An IN or OUT (KVM_EXIT_IO).
 
     Attributes:
@@ -30,8 +30,7 @@ class PortIo:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Mmio:
+class Mmio(msgspec.Struct, frozen=True):
     """An access to guest-physical memory that nothing backs (KVM_EXIT_MMIO).
 
     Attributes:
@@ -48,8 +47,7 @@ class Mmio:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryFault:
+class MemoryFault(msgspec.Struct, frozen=True):
     """An access in the wrong state (KVM_EXIT_MEMORY_FAULT), with only flags that kvmd knows.
 
     Attributes:
@@ -72,8 +70,7 @@ class FaultDefect(enum.Enum):
     OUT_OF_MEMORY = "host-out-of-memory"
 
 
-@dataclass(frozen=True, slots=True)
-class BadMemoryFault:
+class BadMemoryFault(msgspec.Struct, frozen=True):
     """A memory fault that must never be treated as a conversion.
 
     Attributes:
@@ -91,8 +88,7 @@ class BadMemoryFault:
     errno: int
 
 
-@dataclass(frozen=True, slots=True)
-class Hypercall:
+class Hypercall(msgspec.Struct, frozen=True):
     """KVM_EXIT_HYPERCALL: answered with ``Vcpu.complete_hypercall``.
 
     Attributes:
@@ -104,30 +100,25 @@ class Hypercall:
     arguments: tuple[int, int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Interrupted:
+class Interrupted(msgspec.Struct, frozen=True):
     """KVM_RUN returned EINTR or EAGAIN: look at the commands, then enter again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Halted:
+class Halted(msgspec.Struct, frozen=True):
     """HLT with no in-kernel interrupt controller (KVM_EXIT_HLT)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
+class Shutdown(msgspec.Struct, frozen=True):
     """A triple fault (KVM_EXIT_SHUTDOWN)."""
 
 
-@dataclass(frozen=True, slots=True)
-class SystemEvent:
+class SystemEvent(msgspec.Struct, frozen=True):
     """KVM_EXIT_SYSTEM_EVENT; ``event`` is KVM's number of it."""
 
     event: int
 
 
-@dataclass(frozen=True, slots=True)
-class EmulationFailure:
+class EmulationFailure(msgspec.Struct, frozen=True):
     """KVM could not emulate an instruction (KVM_INTERNAL_ERROR_EMULATION).
 
     Attributes:
@@ -137,8 +128,7 @@ class EmulationFailure:
     instruction: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class UnexpectedExit:
+class UnexpectedExit(msgspec.Struct, frozen=True):
     """Any other exit: nothing that kvmd can answer.
 
     Attributes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from kvmd.conversion.changes import Failure
 from kvmd.conversion.messages import MmioAccess
@@ -11,8 +12,7 @@ from kvmd.hv.exits import MemoryFault
 from kvmd.ranges import GpaRange, PageState
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(msgspec.Struct, frozen=True):
     """How far a change came.
 
     Attributes:

@@ -1,5 +1,4 @@
-import dataclasses
-
+import msgspec
 import pytest
 
 from kvmd.conversion.histogram import RELATIVE_ERROR
@@ -25,7 +24,7 @@ RECORD = ConversionRecord(
     applying_us=100.0,
     discarding_us=1.0,
 )
-SPURIOUS = dataclasses.replace(
+SPURIOUS = msgspec.structs.replace(
     RECORD, outcome=Outcome.SPURIOUS, merged=0, waiting_us=20.0, applying_us=0.0, discarding_us=0.0
 )
 
@@ -47,7 +46,7 @@ def test_nothing_yet() -> None:
 
 
 def test_requests_are_counted_by_cause_direction_and_outcome() -> None:
-    explicit = dataclasses.replace(RECORD, cause=Cause.EXPLICIT, to=PageState.PRIVATE)
+    explicit = msgspec.structs.replace(RECORD, cause=Cause.EXPLICIT, to=PageState.PRIVATE)
     snapshot = stats_of(RECORD, SPURIOUS, RECORD, explicit).snapshot()
     assert snapshot.counts == (
         RequestCount(Cause.IMPLICIT, PageState.SHARED, Outcome.CONVERTED, 2),
@@ -61,14 +60,14 @@ def test_requests_are_counted_by_cause_direction_and_outcome() -> None:
 
 
 def test_pages_are_counted_by_direction_and_only_when_converted() -> None:
-    large = dataclasses.replace(RECORD, size_bytes=2 * MIB, to=PageState.PRIVATE)
-    refused = dataclasses.replace(large, outcome=Outcome.REFUSED, merged=0)
+    large = msgspec.structs.replace(RECORD, size_bytes=2 * MIB, to=PageState.PRIVATE)
+    refused = msgspec.structs.replace(large, outcome=Outcome.REFUSED, merged=0)
     snapshot = stats_of(RECORD, SPURIOUS, large, refused).snapshot()
     assert (snapshot.pages_to_shared, snapshot.pages_to_private) == (1, 512)
 
 
 def test_a_few_bytes_that_arrived_as_mmio_are_one_conversion_of_their_page() -> None:
-    access = dataclasses.replace(RECORD, gpa=0x5C10, size_bytes=8)
+    access = msgspec.structs.replace(RECORD, gpa=0x5C10, size_bytes=8)
     snapshot = stats_of(RECORD, access).snapshot()
     assert snapshot.pages_to_shared == 2
     assert [(hot.gpa, hot.size_bytes, hot.count) for hot in snapshot.hottest] == [(0x5000, PAGE_SIZE, 2)]
@@ -84,18 +83,18 @@ def test_a_request_without_a_change_counts_for_waiting_and_total_only() -> None:
 
 
 def test_the_hottest_are_the_ones_converted_most() -> None:
-    other = dataclasses.replace(RECORD, gpa=0x9000)
+    other = msgspec.structs.replace(RECORD, gpa=0x9000)
     snapshot = stats_of(RECORD, other, SPURIOUS, SPURIOUS, other).snapshot()
     assert [(hot.gpa, hot.count) for hot in snapshot.hottest] == [(0x9000, 2), (0x5000, 1)]
 
 
 def test_the_list_of_the_hottest_is_bounded() -> None:
-    many = [dataclasses.replace(RECORD, gpa=page * PAGE_SIZE) for page in range(3 * HOTTEST_SHOWN)]
+    many = [msgspec.structs.replace(RECORD, gpa=page * PAGE_SIZE) for page in range(3 * HOTTEST_SHOWN)]
     assert len(stats_of(*many).snapshot().hottest) == HOTTEST_SHOWN
 
 
 def test_the_rate_is_over_the_time_from_first_to_last() -> None:
-    last = dataclasses.replace(RECORD, monotonic_ns=3_000_000_000)
+    last = msgspec.structs.replace(RECORD, monotonic_ns=3_000_000_000)
     snapshot = stats_of(RECORD, SPURIOUS, RECORD, last).snapshot()
     assert (snapshot.first_monotonic_ns, snapshot.last_monotonic_ns) == (1_000_000_000, 3_000_000_000)
     assert snapshot.conversions_per_second == 1.5

@@ -155,6 +155,13 @@ def test_a_large_block_is_cut_to_fine_pieces_around_the_page() -> None:
     ]
 
 
+def test_a_page_at_a_fine_edge_needs_no_cut_beyond_it() -> None:
+    pieces = map_of(0, 64, block=64, fine=4)
+    last, first = pages(11, 12), pages(8, 9)
+    assert in_pages(pieces.cut(pieces.at(0), last, PageState.SHARED)) == [(0, 8), (8, 11), (11, 12), (12, 64)]
+    assert in_pages(pieces.cut(pieces.at(0), first, PageState.SHARED)) == [(0, 8), (8, 9), (9, 12), (12, 64)]
+
+
 def test_a_fine_piece_is_cut_just_at_the_page() -> None:
     pieces = map_of(0, 4)
     assert in_pages(pieces.cut(pieces.at(0), pages(1, 2), PageState.SHARED)) == [(0, 1), (1, 2), (2, 4)]
