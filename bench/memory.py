@@ -23,6 +23,16 @@ _KEYS = ("MemAvailable", "VmallocUsed", "Slab")
 _SETTLE_SECONDS = 1.0
 """How long the kernel may take to free what the machine before had: it does so after the process has ended."""
 
+_UNITS = {"available": "MiB", "vmalloc": "MiB", "slab": "MiB", "rss": "MiB", "open": "ms", "close": "ms"}
+_TEXT = {
+    "available": "fall of available memory",
+    "vmalloc": "growth of the kernel's vmalloc memory",
+    "slab": "growth of the kernel's slab memory",
+    "rss": "kvmd's resident memory",
+    "open": "time to open",
+    "close": "time to close",
+}
+
 
 def measure(options: Options) -> Report:
     """Open machines of growing memory in a process each, and look at what the host lost."""
@@ -36,23 +46,12 @@ def measure(options: Options) -> Report:
             label = f"{format_size(size)}: {_TEXT[key]}"
             report.facts.append(Fact(Series(label, unit, tuple(row[key] for row in rows))))
     report.notes.append(
-        "available memory fell by kvmd's own memory too, and by "
-        "that of whatever else ran at that moment; vmalloc memory is where KVM keeps what it knows of each page"
+        "available memory fell by kvmd's own memory too, and by that of whatever else ran at that moment; "
+        "vmalloc memory is where KVM keeps what it knows of each page"
     )
     if not options.large:
         report.notes.append("--large measures 1 TiB too")
     return report
-
-
-_UNITS = {"available": "MiB", "vmalloc": "MiB", "slab": "MiB", "rss": "MiB", "open": "ms", "close": "ms"}
-_TEXT = {
-    "available": "fall of available memory",
-    "vmalloc": "growth of the kernel's vmalloc memory",
-    "slab": "growth of the kernel's slab memory",
-    "rss": "kvmd's resident memory",
-    "open": "time to open",
-    "close": "time to close, seen by the kernel",
-}
 
 
 def _open_and_look(size: int) -> dict[str, float]:

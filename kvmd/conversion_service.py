@@ -42,6 +42,12 @@ about as much as converting a page."""
 TURN_SECONDS = 0.002
 """The longest that the service keeps the event loop to itself while requests keep coming."""
 
+LINGER_SECONDS = 0.0003
+"""How long the service waits for the next request in its own thread, before it gives the event loop back.
+
+A guest that converts comes back soon, and a turn of the event loop costs more than the rules of a conversion. Only
+while requests do come this soon; never past the end of a turn."""
+
 LEAK_RETRY_SECONDS = 1.0
 """How often memory that could not be discarded is tried again."""
 
@@ -121,6 +127,12 @@ class ConversionService:
         self._inbox_lock = threading.Lock()
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signalled = False
+        # Held while the service does not linger; released by the vCPU thread that wakes it.
+        self._linger = threading.Lock()
+        self._linger.acquire()
+        self._lingering = False
+        self._linger_pays = False
+        self._served_at = 0.0
         self._closed: Stop | None = None
         self._requested = 0
         self._records = 0
@@ -145,7 +157,10 @@ class ConversionService:
                 return Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=self._closed)
             self._inbox.append(pending)
             self._requested += 1
-            if not self._signalled:
+            if self._lingering:
+                self._lingering = False
+                self._linger.release()
+            elif not self._signalled:
                 # Under the lock, so that the flag and the eventfd's counter always say the same.
                 self._signalled = True
                 os.eventfd_write(self._eventfd, 1)
@@ -163,6 +178,7 @@ class ConversionService:
                 nursery.start_soon(self._retry_leaks)
                 task_status.started()
                 async for arrived in receive:
+                    self._linger_pays |= time.monotonic() - self._served_at < LINGER_SECONDS
                     self._submit(arrived)
                     await self._serve(receive)
         finally:
@@ -235,12 +251,39 @@ class ConversionService:
                 self._rules.finish(change, made.failure, made.leaked)
                 self._deliver()
             self._submit(self._empty_inbox())
-            if not self._rules.busy:
+            left = turn_ends - time.monotonic()
+            if not self._rules.busy and not self._await_request(left):
                 return
-            if time.monotonic() >= turn_ends:
+            if left <= 0:
                 await trio.lowlevel.checkpoint()
                 self._submit_carried(receive)
                 turn_ends = time.monotonic() + TURN_SECONDS
+
+    def _await_request(self, seconds_left: float) -> bool:
+        """Linger for the next request, if that has paid lately; tell whether one came."""
+        if seconds_left <= 0:
+            # Not for lack of requests: the next turn may linger again.
+            return False
+        if not self._linger_pays:
+            # One request without lingering shows whether the next comes soon enough.
+            self._served_at = time.monotonic()
+            return False
+        with self._inbox_lock:
+            if not self._inbox:
+                self._lingering = True
+        if self._lingering and not self._linger.acquire(timeout=min(LINGER_SECONDS, seconds_left)):
+            with self._inbox_lock:
+                came = not self._lingering
+                self._lingering = False
+            if came:
+                # Between the end of the wait and taking the lock: the release is there, or on its way.
+                self._linger.acquire()
+            else:
+                self._linger_pays = seconds_left < LINGER_SECONDS
+                self._served_at = time.monotonic()
+                return False
+        self._submit(self._empty_inbox())
+        return True
 
     # -- making a change: in the event loop's thread, or in a worker thread while the loop waits for it ----------------
 

@@ -26,7 +26,7 @@ from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
 from kvmd.ranges import GPA_LIMIT, GpaRange, PageState
 from kvmd.stop import Stop, StopReason
-from kvmd.units import PAGE_MASK, format_size, page_ceil, page_floor
+from kvmd.units import PAGE_MASK, format_size
 
 SHORT_TURNS = 8
 """Requests that fit in one chunk and may go before the next chunk of a longer one."""
@@ -69,7 +69,7 @@ class ConversionRules:
 
     Args:
         state: the state of the machine's pages; only these rules change it.
-        pinned: pages that never change their state, or None.
+        pinned: pages from 0 on that never change their state, or None.
         limits: what a guest may ask.
     """
 
@@ -77,7 +77,8 @@ class ConversionRules:
         self.state = state
         self.sequence = 0
         self._last_explicit = 0
-        self._pinned = pinned
+        self._pinned_end = 0 if pinned is None else pinned.end
+        self._memory_end = state.range.end
         self._limits = limits
         self._pending: deque[Ticket] = deque()
         self._short: deque[_Work] = deque()
@@ -199,6 +200,14 @@ class ConversionRules:
 
     def _admit(self) -> None:
         """Answer or make work of every pending request that no earlier one on its pages holds up."""
+        if len(self._pending) == 1 and not (self._short or self._long):
+            # The usual case, and nothing that it could be held up by or merged with.
+            ticket = self._pending.popleft()
+            if ticket.range is None or not ticket.request.valid:
+                self._refuse(ticket)
+            elif self._needs_change(ticket, ticket.range):
+                self._start(ticket, ticket.range, self._pending, [])
+            return
         held: list[Ticket] = []
         pending, self._pending = self._pending, deque()
         while pending:
@@ -222,12 +231,11 @@ class ConversionRules:
     def _needs_change(self, ticket: Ticket, range_: GpaRange) -> bool:
         """Tell whether the request needs a change; answer it if not."""
         request = ticket.request
-        if not self.state.range.contains(range_):
+        if range_.end > self._memory_end:
             self._refuse(ticket)
             return False
         ticket.came_from = self.state.state_of(range_)
-        is_pinned = self._pinned is not None and self._pinned.overlaps(range_)
-        if is_pinned and (request.cause is Cause.EXPLICIT or ticket.came_from is not request.to):
+        if range_.start < self._pinned_end and (request.cause is Cause.EXPLICIT or ticket.came_from is not request.to):
             self._refuse(ticket)
             return False
         if ticket.came_from is request.to:
@@ -267,8 +275,9 @@ class ConversionRules:
     def _has_room(self) -> bool:
         """Tell whether the state may be cut twice more for each work under way and for a new one."""
         limit = self._limits.segments - 2 * (len(self._short) + len(self._long) + 1)
-        if len(self.state) > limit:
-            self.state.compact()
+        if len(self.state) <= limit:
+            return True
+        self.state.compact()
         return len(self.state) <= limit
 
     def _start(self, ticket: Ticket, range_: GpaRange, pending: deque[Ticket], held: list[Ticket]) -> None:
@@ -359,15 +368,21 @@ class ConversionRules:
         request = ticket.request
         if request.cause is not Cause.IMPLICIT or request.access is not None:
             return
-        seen = self._seen.setdefault(request.vcpu, _Seen())
+        seen = self._seen_of(request.vcpu)
         seen.gpa, seen.to, seen.generation, seen.count = request.gpa, request.to, self.sequence, 1
+
+    def _seen_of(self, vcpu: int) -> _Seen:
+        seen = self._seen.get(vcpu)
+        if seen is None:
+            seen = self._seen[vcpu] = _Seen()
+        return seen
 
     def _answer_spurious(self, ticket: Ticket, range_: GpaRange) -> None:
         """The pages are in that state already: another vCPU was faster, or nothing will ever help."""
         request = ticket.request
         if request.cause is Cause.IMPLICIT and request.access is None:
-            seen = self._seen.setdefault(request.vcpu, _Seen())
-            generation = max(segment.generation for segment in self.state.segments(range_))
+            seen = self._seen_of(request.vcpu)
+            generation = self.state.newest_generation(range_)
             if (seen.gpa, seen.to) == (request.gpa, request.to) and generation <= seen.generation:
                 seen.count += 1
             else:
@@ -384,16 +399,16 @@ class ConversionRules:
         if request.cause is Cause.IMPLICIT:
             range_ = ticket.range
             where = f"gpa {request.gpa:#x} size {request.size_bytes:#x}, to {request.to.value}"
-            if range_ is None or not self.state.range.contains(range_):
+            if range_ is None or range_.end > self._memory_end:
                 stop = Stop.because(
                     StopReason.FAULT_OUTSIDE_MEMORY,
-                    f"memory fault outside memory of {format_size(self.state.range.end)}: {where}",
+                    f"memory fault outside memory of {format_size(self._memory_end)}: {where}",
                     vcpu=request.vcpu,
                 )
             else:
                 stop = Stop.because(
                     StopReason.PINNED_MEMORY,
-                    f"fault for a conversion of pinned memory {self._pinned} (image, page tables, stacks, boot "
+                    f"fault for a conversion of pinned memory [0x0, {self._pinned_end:#x}) (image, page tables, stacks, boot "
                     f"information), which stays as it is: {where}",
                     vcpu=request.vcpu,
                 )
@@ -438,7 +453,7 @@ def _page_range(request: ConversionRequest) -> GpaRange | None:
     start, end = request.gpa, request.gpa + request.size_bytes
     if request.cause is Cause.IMPLICIT:
         # A fault may name less than a page; what converts is whole pages.
-        start, end = page_floor(start), page_ceil(end)
+        start, end = start & ~PAGE_MASK, (end + PAGE_MASK) & ~PAGE_MASK
     if not 0 <= start < end <= GPA_LIMIT or (start | end) & PAGE_MASK:
         return None
     return GpaRange(start, end)

@@ -89,14 +89,20 @@ class PageStateMap:
 
     def state_of(self, range_: GpaRange) -> PageState | None:
         """Return the state that all pages of the range are in, or None where they differ."""
-        index = bisect_right(self._starts, range_.start) - 1
+        starts, end = self._starts, range_.end
+        index = bisect_right(starts, range_.start) - 1
         state = self._states[index]
-        index += 1
-        while index < len(self._starts) and self._starts[index] < range_.end:
-            if self._states[index] is not state:
+        for other in range(index + 1, len(starts)):
+            if starts[other] >= end:
+                break
+            if self._states[other] is not state:
                 return None
-            index += 1
         return state
+
+    def newest_generation(self, range_: GpaRange) -> int:
+        """Return the highest generation of the range's pages."""
+        first = bisect_right(self._starts, range_.start) - 1
+        return max(self._generations[first : bisect_left(self._starts, range_.end, first + 1)])
 
     def first_in_state(self, state: PageState, within: GpaRange) -> int | None:
         """Return the first gpa in ``within`` that is in ``state``, or None."""
@@ -125,7 +131,7 @@ class PageStateMap:
         Raises:
             IndexError: the range reaches outside memory.
         """
-        if not self._range.contains(range_):
+        if range_.end > self._range.end:
             raise IndexError(f"{range_} is outside memory {self._range}")
         first = bisect_right(self._starts, range_.start) - 1
         if explicit:
