@@ -2,21 +2,16 @@
 
 The rules are in ``kvmd.conversion.rules``; this is the shell that moves messages::
 
-    vCPU thread ──request──> inbox + eventfd ──> porter task ──trio channel──> service task
-         ^                                                                        │ rules, protection
-         └───────────────── a lock that wakes just this thread <── answer ────────┘
-
-Measured before this shape was chosen (bench/handoff.py): ``trio.from_thread.run`` and ``run_sync_soon`` take twice
-as long as an eventfd that a task waits on, since both wake the loop through a socket and run each call apart.
+    vCPU thread ──request──> door ──> porter task ──trio channel──> service task
+         ^                                                               │ rules, protection
+         └─────────── a lock that wakes just this thread <── answer ─────┘
 """
 
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -31,6 +26,7 @@ from kvmd.conversion.rules import ConversionRules
 from kvmd.errors import BackendError
 from kvmd.protection.base import Protection
 from kvmd.ranges import GpaRange
+from kvmd.request_door import RequestDoor
 from kvmd.stop import Stop, StopReason
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.conversion_service")
@@ -41,12 +37,6 @@ about as much as converting a page."""
 
 TURN_SECONDS = 0.002
 """The longest that the service keeps the event loop to itself while requests keep coming."""
-
-LINGER_SECONDS = 0.0003
-"""How long the service waits for the next request in its own thread, before it gives the event loop back.
-
-A guest that converts comes back soon, and a turn of the event loop costs more than the rules of a conversion. Only
-while requests do come this soon; never past the end of a turn."""
 
 LEAK_RETRY_SECONDS = 1.0
 """How often memory that could not be discarded is tried again."""
@@ -123,18 +113,8 @@ class ConversionService:
         self._protection = protection
         self._memory_lock = memory_lock
         self._ring = ring
-        self._inbox: deque[Pending] = deque()
-        self._inbox_lock = threading.Lock()
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._signalled = False
-        # Held while the service does not linger; released by the vCPU thread that wakes it.
-        self._linger = threading.Lock()
-        self._linger.acquire()
-        self._lingering = False
-        self._linger_pays = False
-        self._served_at = 0.0
+        self._door: RequestDoor[Pending] = RequestDoor()
         self._closed: Stop | None = None
-        self._requested = 0
         self._records = 0
 
     # -- the vCPU threads' side ----------------------------------------------------------------------------
@@ -147,24 +127,13 @@ class ConversionService:
     @property
     def requested(self) -> int:
         """Requests that vCPU threads handed in so far, answered or not."""
-        return self._requested
+        return self._door.count
 
     def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
         """Hand over a request and block the calling vCPU thread until it is answered."""
-        pending = Pending(request, waiter)
-        with self._inbox_lock:
-            if self._closed is not None:
-                return Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=self._closed)
-            self._inbox.append(pending)
-            self._requested += 1
-            if self._lingering:
-                self._lingering = False
-                self._linger.release()
-            elif not self._signalled:
-                # Under the lock, so that the flag and the eventfd's counter always say the same.
-                self._signalled = True
-                os.eventfd_write(self._eventfd, 1)
-        return waiter.wait()
+        if self._door.put(Pending(request, waiter)):
+            return waiter.wait()
+        return Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=self._closed or _ENDED)
 
     # -- the event loop's side -----------------------------------------------------------------------------
 
@@ -178,7 +147,6 @@ class ConversionService:
                 nursery.start_soon(self._retry_leaks)
                 task_status.started()
                 async for arrived in receive:
-                    self._linger_pays |= time.monotonic() - self._served_at < LINGER_SECONDS
                     self._submit(arrived)
                     await self._serve(receive)
         finally:
@@ -191,23 +159,19 @@ class ConversionService:
         Called on the event loop's thread; harmless the second time. A change that is being made in a worker thread
         is made to its end.
         """
-        with self._inbox_lock:
-            if self._closed is not None:
-                return
-            self._closed = stop
-        self._submit(self._empty_inbox())
+        if self._closed is not None:
+            return
+        self._closed = stop
+        self._submit(self._door.close())
 
     def dispose(self) -> None:
-        """Give up the eventfd, once no thread uses the service any more; harmless the second time."""
-        if self._eventfd >= 0:
-            os.close(self._eventfd)
-            self._eventfd = -1
+        """Give up what the door holds, once no thread uses the service any more; harmless the second time."""
+        self._door.dispose()
 
     async def _carry(self, send: trio.MemorySendChannel[list[Pending]]) -> None:
-        """Carry requests from the threads' inbox into the channel, all that came together as one message."""
+        """Carry requests from the threads' door into the channel, all that came together as one message."""
         while True:
-            await trio.lowlevel.wait_readable(self._eventfd)
-            send.send_nowait(self._empty_inbox())
+            send.send_nowait(await self._door.wait())
 
     def _submit(self, arrived: list[Pending]) -> None:
         for pending in arrived:
@@ -216,17 +180,6 @@ class ConversionService:
             # They were on their way through the channel when the service was closed.
             self._rules.fail_all(self._closed)
             self._deliver()
-
-    def _empty_inbox(self) -> list[Pending]:
-        if not self._inbox:
-            return []
-        with self._inbox_lock:
-            arrived = list(self._inbox)
-            self._inbox.clear()
-            if self._signalled:
-                self._signalled = False
-                os.eventfd_read(self._eventfd)
-        return arrived
 
     def _submit_carried(self, receive: trio.MemoryReceiveChannel[list[Pending]]) -> None:
         with suppress(trio.WouldBlock):
@@ -250,40 +203,18 @@ class ConversionService:
             if change is not None and made is not None:
                 self._rules.finish(change, made.failure, made.leaked)
                 self._deliver()
-            self._submit(self._empty_inbox())
+            self._submit(self._door.take())
             left = turn_ends - time.monotonic()
-            if not self._rules.busy and not self._await_request(left):
-                return
+            if not self._rules.busy:
+                # Not past the end of a turn: other tasks of the loop wait meanwhile.
+                arrived = self._door.linger(left)
+                if not arrived:
+                    return
+                self._submit(arrived)
             if left <= 0:
                 await trio.lowlevel.checkpoint()
                 self._submit_carried(receive)
                 turn_ends = time.monotonic() + TURN_SECONDS
-
-    def _await_request(self, seconds_left: float) -> bool:
-        """Linger for the next request, if that has paid lately; tell whether one came."""
-        if seconds_left <= 0:
-            # Not for lack of requests: the next turn may linger again.
-            return False
-        if not self._linger_pays:
-            # One request without lingering shows whether the next comes soon enough.
-            self._served_at = time.monotonic()
-            return False
-        with self._inbox_lock:
-            if not self._inbox:
-                self._lingering = True
-        if self._lingering and not self._linger.acquire(timeout=min(LINGER_SECONDS, seconds_left)):
-            with self._inbox_lock:
-                came = not self._lingering
-                self._lingering = False
-            if came:
-                # Between the end of the wait and taking the lock: the release is there, or on its way.
-                self._linger.acquire()
-            else:
-                self._linger_pays = seconds_left < LINGER_SECONDS
-                self._served_at = time.monotonic()
-                return False
-        self._submit(self._empty_inbox())
-        return True
 
     # -- making a change: in the event loop's thread, or in a worker thread while the loop waits for it ----------------
 
