@@ -408,8 +408,8 @@ class ConversionRules:
             else:
                 stop = Stop.because(
                     StopReason.PINNED_MEMORY,
-                    f"fault for a conversion of pinned memory [0x0, {self._pinned_end:#x}) (image, page tables, stacks, "
-                    f"boot information), which stays as it is: {where}",
+                    f"fault for a conversion of pinned memory [0x0, {self._pinned_end:#x}) (image, page tables, "
+                    f"stacks, boot information), which stays as it is: {where}",
                     vcpu=request.vcpu,
                 )
         self._settle(ticket, Answer(Outcome.REFUSED, GuestResult.EINVAL, stop=stop))
