@@ -26,7 +26,7 @@ from kvmd.conversion.rules import ConversionRules
 from kvmd.errors import BackendError
 from kvmd.protection.base import Protection
 from kvmd.ranges import GpaRange
-from kvmd.request_door import RequestDoor
+from kvmd.request_door import LINGER_SECONDS, RequestDoor
 from kvmd.stop import Stop, StopReason
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.conversion_service")
@@ -205,16 +205,17 @@ class ConversionService:
                 self._deliver()
             self._submit(self._door.take())
             left = turn_ends - time.monotonic()
-            if not self._rules.busy:
-                # Not past the end of a turn: other tasks of the loop wait meanwhile.
-                arrived = self._door.linger(left)
-                if not arrived:
-                    return
-                self._submit(arrived)
             if left <= 0:
+                # Other tasks of the loop have waited for this long.
                 await trio.lowlevel.checkpoint()
                 self._submit_carried(receive)
-                turn_ends = time.monotonic() + TURN_SECONDS
+                left = TURN_SECONDS
+                turn_ends = time.monotonic() + left
+            if not self._rules.busy:
+                arrived = self._door.linger(left)
+                if not arrived and left >= LINGER_SECONDS:
+                    return
+                self._submit(arrived)
 
     # -- making a change: in the event loop's thread, or in a worker thread while the loop waits for it ----------------
 

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvmd.conversion.changes import Change, Failure, FailureKind, ImplicitPolicy, Limits, Ticket
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, Outcome
+from kvmd.conversion.no_progress import NoProgressWatch
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
 from kvmd.ranges import GPA_LIMIT, GpaRange, PageState
@@ -41,27 +42,6 @@ class _Work:
     explicit: bool
     tickets: list[Ticket]
     cursor: int = 0
-    is_uniform: bool = False
-    """One request of at most a chunk, none of it in the state yet: the usual case, and there is nothing to look for."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """The last answer to a fault of one vCPU, to notice that the same fault comes back."""
-
-    gpa: int = -1
-    to: PageState = PageState.PRIVATE
-    generation: int = -1
-    count: int = 0
-
-
-@dataclass(slots=True)
-class _Leaks:
-    """Pages whose dead side could not be discarded, by side."""
-
-    sides: dict[PageState, RangeSet] = field(
-        default_factory=lambda: {PageState.PRIVATE: RangeSet(), PageState.SHARED: RangeSet()}
-    )
 
 
 class ConversionRules:
@@ -86,8 +66,8 @@ class ConversionRules:
         self._turns = SHORT_TURNS
         self._current: _Work | None = None
         self._settled: list[Ticket] = []
-        self._seen: dict[int, _Seen] = {}
-        self._leaks = _Leaks()
+        self._progress = NoProgressWatch(limits.no_progress)
+        self._leaks = {side: RangeSet() for side in PageState}
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -132,6 +112,10 @@ class ConversionRules:
         """
         if self._current is not None:
             raise RuntimeError("the change before this one was not finished")
+        if len(self._pending) == 1 and not self._short and not self._long:
+            change = self._decide_alone(self._pending.popleft())
+            if change is not None:
+                return change
         while True:
             # Again after each work that turned out to be done: requests may have waited for its pages.
             if self._pending:
@@ -169,7 +153,7 @@ class ConversionRules:
         """
         work, self._current = self._current, None
         for range_ in leaked:
-            self._leaks.sides[change.to.opposite].add(range_)
+            self._leaks[change.to.opposite].add(range_)
         if work is None:
             return  # everybody was answered meanwhile: see fail_all
         if failure is not None:
@@ -186,28 +170,38 @@ class ConversionRules:
     @property
     def leaked_bytes(self) -> int:
         """Bytes that are held although their side is dead."""
-        return sum(ranges.size_bytes for ranges in self._leaks.sides.values())
+        return sum(ranges.size_bytes for ranges in self._leaks.values())
 
     def leaks(self) -> list[tuple[PageState, GpaRange]]:
         """Return the dead sides that are still to be discarded; report each that was by ``discarded``."""
-        return [(side, range_) for side, ranges in self._leaks.sides.items() for range_ in ranges]
+        return [(side, range_) for side, ranges in self._leaks.items() for range_ in ranges]
 
     def discarded(self, side: PageState, range_: GpaRange) -> None:
         """Record that the side's leaked pages in ``range_`` are discarded by now."""
-        self._leaks.sides[side].remove(range_)
+        self._leaks[side].remove(range_)
 
     # -- admission: from pending to work -------------------------------------------------------------------
 
+    def _decide_alone(self, ticket: Ticket) -> Change | None:
+        """Decide on a request that is the only one: the usual case, and nothing can hold it up or be merged with it.
+
+        Returns the change where it is the whole of what was asked; what is not that simple becomes work.
+        """
+        range_, request = ticket.range, ticket.request
+        if range_ is None or not request.valid:
+            self._refuse(ticket)
+        elif self._needs_change(ticket, range_):
+            if range_.size_bytes > self._limits.chunk_bytes or ticket.came_from is None:
+                self._start(ticket, range_, self._pending, [])
+                return None
+            ticket.merged = 1
+            work = _Work(range_, request.to, request.cause is Cause.EXPLICIT, [ticket], range_.start)
+            self._current = work
+            return self._change_of(work, range_)
+        return None
+
     def _admit(self) -> None:
         """Answer or make work of every pending request that no earlier one on its pages holds up."""
-        if len(self._pending) == 1 and not (self._short or self._long):
-            # The usual case, and nothing that it could be held up by or merged with.
-            ticket = self._pending.popleft()
-            if ticket.range is None or not ticket.request.valid:
-                self._refuse(ticket)
-            elif self._needs_change(ticket, ticket.range):
-                self._start(ticket, ticket.range, self._pending, [])
-            return
         held: list[Ticket] = []
         pending, self._pending = self._pending, deque()
         while pending:
@@ -288,9 +282,7 @@ class ConversionRules:
             self._merge_pending(work, pending, held)
         for member in work.tickets:
             member.merged = len(work.tickets)
-        is_short = work.range.size_bytes <= self._limits.chunk_bytes
-        work.is_uniform = is_short and len(work.tickets) == 1 and ticket.came_from is work.to.opposite
-        queue = self._short if is_short else self._long
+        queue = self._short if work.range.size_bytes <= self._limits.chunk_bytes else self._long
         queue.append(work)
 
     def _merge_pending(self, work: _Work, pending: deque[Ticket], held: list[Ticket]) -> None:
@@ -339,8 +331,6 @@ class ConversionRules:
         """Return the next change of the work, or None where nothing is left to change."""
         if work.cursor >= work.range.end:
             return None
-        if work.is_uniform:
-            return self._change_of(work, work.range)
         rest = GpaRange(work.cursor, work.range.end)
         start = self.state.first_in_state(work.to.opposite, rest)
         if start is None:
@@ -349,7 +339,7 @@ class ConversionRules:
         return self._change_of(work, GpaRange(start, self.state.end_in_state(work.to.opposite, window)))
 
     def _change_of(self, work: _Work, range_: GpaRange) -> Change:
-        leaked = self._leaks.sides[work.to]
+        leaked = self._leaks[work.to]
         return Change(range_, work.to, work.explicit, leaked.within(range_) if leaked else (), tuple(work.tickets))
 
     # -- answers -------------------------------------------------------------------------------------------
@@ -360,37 +350,13 @@ class ConversionRules:
 
     def _complete(self, work: _Work) -> None:
         for ticket in work.tickets:
-            self._note_answer(ticket)
+            self._progress.converted(ticket.request, self.sequence)
             self._settle(ticket, _CONVERTED)
-
-    def _note_answer(self, ticket: Ticket) -> None:
-        """Remember what a fault was answered, to know it when it comes back."""
-        request = ticket.request
-        if request.cause is not Cause.IMPLICIT or request.access is not None:
-            return
-        seen = self._seen_of(request.vcpu)
-        seen.gpa, seen.to, seen.generation, seen.count = request.gpa, request.to, self.sequence, 1
-
-    def _seen_of(self, vcpu: int) -> _Seen:
-        seen = self._seen.get(vcpu)
-        if seen is None:
-            seen = self._seen[vcpu] = _Seen()
-        return seen
 
     def _answer_spurious(self, ticket: Ticket, range_: GpaRange) -> None:
         """The pages are in that state already: another vCPU was faster, or nothing will ever help."""
-        request = ticket.request
-        if request.cause is Cause.IMPLICIT and request.access is None:
-            seen = self._seen_of(request.vcpu)
-            generation = self.state.newest_generation(range_)
-            if (seen.gpa, seen.to) == (request.gpa, request.to) and generation <= seen.generation:
-                seen.count += 1
-            else:
-                seen.gpa, seen.to, seen.generation, seen.count = request.gpa, request.to, generation, 1
-            if seen.count > self._limits.no_progress:
-                self._settle(ticket, Answer(Outcome.FAILED, stop=_no_progress(request, seen.count)))
-                return
-        self._settle(ticket, _SPURIOUS)
+        stop = self._progress.spurious(ticket.request, self.state.newest_generation(range_))
+        self._settle(ticket, _SPURIOUS if stop is None else Answer(Outcome.FAILED, stop=stop))
 
     def _refuse(self, ticket: Ticket) -> None:
         """Nothing that can be done: a hypercall gets EINVAL and goes on, a fault cannot."""
@@ -418,7 +384,7 @@ class ConversionRules:
         for ticket in work.tickets:
             # Of merged requests, those that lie in what was applied are done all the same.
             if ticket.range is not None and self.state.state_of(ticket.range) is work.to:
-                self._note_answer(ticket)
+                self._progress.converted(ticket.request, self.sequence)
                 self._settle(ticket, _CONVERTED)
             else:
                 self._fail_ticket(ticket, failure)
@@ -457,12 +423,3 @@ def _page_range(request: ConversionRequest) -> GpaRange | None:
     if not 0 <= start < end <= GPA_LIMIT or (start | end) & PAGE_MASK:
         return None
     return GpaRange(start, end)
-
-
-def _no_progress(request: ConversionRequest, count: int) -> Stop:
-    return Stop.because(
-        StopReason.NO_PROGRESS,
-        f"the same {request.to.value} fault came back {count} times with nothing changed: gpa {request.gpa:#x} "
-        f"size {request.size_bytes:#x} is {request.to.value} already, and the access still fails",
-        vcpu=request.vcpu,
-    )
