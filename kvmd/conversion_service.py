@@ -13,7 +13,6 @@ import math
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
 import structlog
 import trio
@@ -78,14 +77,6 @@ class Waiter:
         """Wake the thread with its answer."""
         self._answer = answer
         self._lock.release()
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """What came of a change."""
-
-    failure: Failure | None
-    leaked: tuple[GpaRange, ...]
 
 
 _ENDED = Stop.because(StopReason.BUG, "the conversion service ended under a running guest")
@@ -192,17 +183,14 @@ class ConversionService:
         while True:
             change = self._rules.next_change()
             self._deliver()
-            if change is None:
-                made = None
-            elif change.range.pages <= INLINE_PAGES:
-                made = self._make(change)
-            else:
-                made = await trio.to_thread.run_sync(self._make, change)
+            if change is not None and change.range.pages <= INLINE_PAGES:
+                self._make(change)
+            elif change is not None:
+                failure = await trio.to_thread.run_sync(self._make_apart, change)
+                self._rules.finish(change, failure)
+                self._deliver()
                 # The porter was at work meanwhile: what it carried must not wait for all of a large change.
                 self._submit_carried(receive)
-            if change is not None and made is not None:
-                self._rules.finish(change, made.failure, made.leaked)
-                self._deliver()
             self._submit(self._door.take())
             left = turn_ends - time.monotonic()
             if left <= 0:
@@ -217,40 +205,65 @@ class ConversionService:
                     return
                 self._submit(arrived)
 
-    # -- making a change: in the event loop's thread, or in a worker thread while the loop waits for it ----------------
+    # -- making a change -----------------------------------------------------------------------------------------------
+    #
+    # What has to be discarded first, attribute or slots, the state, the side left behind: all of it is one critical
+    # section. A discard done after another change would destroy what the other side wrote meanwhile, and a reader of
+    # shared memory must not find the page private in the middle.
 
-    def _make(self, change: Change) -> _Made:
-        """Make one change: what has to be discarded first, attribute or slots, the state, the side left behind.
+    def _make(self, change: Change) -> None:
+        """Make a small change in the event loop's thread.
 
-        All of it is one critical section: a discard done later would destroy what the other side wrote meanwhile, and
-        a reader of shared memory must not find the page private in the middle.
+        The vCPU is answered before the side left behind is discarded: nobody can touch that side until the service
+        makes another change, and the guest goes on meanwhile.
         """
-        started_ns = time.monotonic_ns()
-        failure: Failure | None = None
-        leaked: tuple[GpaRange, ...] = ()
         with self._memory_lock:
-            failure = self._discard_first(change)
-            applied = None
-            if failure is None:
-                outcome = self._protection.apply(change.range, change.to)
-                failure = outcome.failure
-                applied = self._rules.commit(change, outcome.end)
-            applied_ns = time.monotonic_ns()
-            if applied is not None:
-                try:
-                    self._protection.discard(applied, change.to.opposite)
-                except BackendError as error:
-                    leaked = (applied,)
-                    _log.warning("discard-failed", why=str(error), remedy="kept, and tried again every second")
-        ended_ns = time.monotonic_ns()
+            applied, failure = self._apply(change)
+            self._rules.finish(change, failure)
+            settled = self._answer()
+            self._discard(change, applied)
+        self._record(settled)
+
+    def _make_apart(self, change: Change) -> Failure | None:
+        """Make a large change, in a worker thread, while the event loop goes on."""
+        with self._memory_lock:
+            applied, failure = self._apply(change)
+            self._discard(change, applied)
+        return failure
+
+    def _apply(self, change: Change) -> tuple[GpaRange | None, Failure | None]:
+        """Bring the pages into their new state, as far as the backend does, and record it."""
+        started_ns = time.monotonic_ns()
+        applied = None
+        failure = self._discard_first(change) if change.discard_first else None
+        if failure is None:
+            outcome = self._protection.apply(change.range, change.to)
+            failure = outcome.failure
+            applied = self._rules.commit(change, outcome.end)
+        elapsed_ns = time.monotonic_ns() - started_ns
         for ticket in change.tickets:
             if isinstance(ticket, Pending):
                 ticket.started_ns = ticket.started_ns or started_ns
-                ticket.apply_ns += applied_ns - started_ns
-                ticket.discard_ns += ended_ns - applied_ns
+                ticket.apply_ns += elapsed_ns
         if failure is not None:
             _log.warning("change-failed", range=str(change.range), to=change.to.value, why=failure.message)
-        return _Made(failure, leaked)
+        return applied, failure
+
+    def _discard(self, change: Change, applied: GpaRange | None) -> None:
+        """Give the memory behind the side left behind back to the host, or note that it is leaked."""
+        if applied is None:
+            return
+        started_ns = time.monotonic_ns()
+        side = change.to.opposite
+        try:
+            self._protection.discard(applied, side)
+        except BackendError as error:
+            self._rules.leak(side, applied)
+            _log.warning("discard-failed", why=str(error), remedy="kept, and tried again every second")
+        elapsed_ns = time.monotonic_ns() - started_ns
+        for ticket in change.tickets:
+            if isinstance(ticket, Pending):
+                ticket.discard_ns += elapsed_ns
 
     def _discard_first(self, change: Change) -> Failure | None:
         """Empty the side that becomes live, where an earlier discard of it had failed."""
@@ -281,19 +294,17 @@ class ConversionService:
     # -- answers ---------------------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
-        """Answer what the rules settled, wake the threads, then write the records: the guest comes first."""
-        if not self._rules.has_settled:
-            return
-        settled = self._rules.take_settled()
+        """Answer what the rules settled, then write the records: the guest comes first."""
+        if self._rules.has_settled:
+            self._record(self._answer())
+
+    def _answer(self) -> list[Pending]:
+        """Wake the threads whose requests the rules settled."""
+        settled = [ticket for ticket in self._rules.take_settled() if isinstance(ticket, Pending)]
         for ticket in settled:
-            if isinstance(ticket, Pending) and ticket.answer is not None:
+            if ticket.answer is not None:
                 ticket.waiter.answer(self._with_access(ticket.request, ticket.answer))
-        if self._closed is not None:
-            return  # what the machine's end cut off says nothing about conversions
-        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
-        for ticket in settled:
-            if isinstance(ticket, Pending) and ticket.answer is not None:
-                self._record(ticket, ticket.answer, wall_ns, monotonic_ns)
+        return settled
 
     def _with_access(self, request: ConversionRequest, answer: Answer) -> Answer:
         """Make the access that came as MMIO, before any other change can move the page again."""
@@ -301,10 +312,18 @@ class ConversionService:
             return answer
         return Answer(answer.outcome, answer.result, self._protection.access(request.to, request.access))
 
-    def _record(self, ticket: Pending, answer: Answer, wall_ns: int, monotonic_ns: int) -> None:
+    def _record(self, settled: list[Pending]) -> None:
+        if self._closed is not None:
+            return  # what the machine's end cut off says nothing about conversions
+        wall_ns, monotonic_ns = time.time_ns(), time.monotonic_ns()
+        for ticket in settled:
+            if ticket.answer is not None:
+                self._ring.append(self._record_of(ticket, ticket.answer, wall_ns, monotonic_ns))
+
+    def _record_of(self, ticket: Pending, answer: Answer, wall_ns: int, monotonic_ns: int) -> ConversionRecord:
         request = ticket.request
         self._records += 1
-        record = ConversionRecord(
+        return ConversionRecord(
             sequence=self._records,
             wall_ns=wall_ns,
             monotonic_ns=monotonic_ns,
@@ -320,4 +339,3 @@ class ConversionService:
             applying_us=ticket.apply_ns / 1000,
             discarding_us=ticket.discard_ns / 1000,
         )
-        self._ring.append(record)

@@ -6,8 +6,8 @@ The caller (``kvmd.conversion_service``, or a test that plays a script) turns th
     while change := rules.next_change():      # decides; answers what needs no change
         ...                                   # make it: discard_first, apply
         rules.commit(change, end)             # what was applied is the state now
-        ...                                   # discard the side left behind
-        rules.finish(change, failure, leaked) # decides who is answered
+        rules.finish(change, failure)         # decides who is answered
+        ...                                   # discard the side left behind, or rules.leak(side, range)
     rules.take_settled()                      # after each call above: tickets with their answers
 
 At most one change is being made at any time; that is what serialises the machine's vCPUs. A large request is
@@ -17,7 +17,6 @@ made in chunks, and between two of them the smaller requests of other vCPUs have
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvmd.conversion.changes import Change, Failure, FailureKind, ImplicitPolicy, Limits, Ticket
@@ -143,17 +142,14 @@ class ConversionRules:
         self.state.set(applied, change.to, self.sequence, explicit=change.explicit)
         return applied
 
-    def finish(self, change: Change, failure: Failure | None = None, leaked: Iterable[GpaRange] = ()) -> None:
+    def finish(self, change: Change, failure: Failure | None = None) -> None:
         """Take the outcome of the change: who is answered now, and what is done next.
 
         Args:
             change: the one that ``next_change`` returned last.
             failure: why it, or its rest, could not be made; None where it was.
-            leaked: pages whose side left behind could not be discarded.
         """
         work, self._current = self._current, None
-        for range_ in leaked:
-            self._leaks[change.to.opposite].add(range_)
         if work is None:
             return  # everybody was answered meanwhile: see fail_all
         if failure is not None:
@@ -171,6 +167,10 @@ class ConversionRules:
     def leaked_bytes(self) -> int:
         """Bytes that are held although their side is dead."""
         return sum(ranges.size_bytes for ranges in self._leaks.values())
+
+    def leak(self, side: PageState, range_: GpaRange) -> None:
+        """Record that the dead side of the range could not be discarded."""
+        self._leaks[side].add(range_)
 
     def leaks(self) -> list[tuple[PageState, GpaRange]]:
         """Return the dead sides that are still to be discarded; report each that was by ``discarded``."""

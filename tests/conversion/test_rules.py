@@ -122,7 +122,8 @@ def test_race_4_a_failed_discard_is_a_success_and_a_leak_that_is_kept() -> None:
     assert change is not None
     applied = script.rules.commit(change, change.range.end)
     assert applied == pages(10, 2)
-    script.rules.finish(change, leaked=[applied])
+    script.rules.leak(PRIVATE, applied)
+    script.rules.finish(change)
     assert ticket.answer is not None
     assert (ticket.answer.outcome, ticket.answer.result) == (Outcome.CONVERTED, GuestResult.SUCCESS)
     assert script.rules.leaks() == [(PRIVATE, pages(10, 2))]
@@ -137,7 +138,8 @@ def test_race_4_a_leaked_side_is_discarded_before_it_becomes_live_again() -> Non
     change = script.step()
     assert change is not None
     script.rules.commit(change, change.range.end)
-    script.rules.finish(change, leaked=[pages(10, 2)])
+    script.rules.leak(PRIVATE, pages(10, 2))
+    script.rules.finish(change)
 
     script.submit(request(0, pages(11, 2), PRIVATE, EXPLICIT))
     back = script.step()
@@ -153,7 +155,8 @@ def test_race_4_where_that_discard_fails_the_conversion_does() -> None:
     change = script.step()
     assert change is not None
     script.rules.commit(change, change.range.end)
-    script.rules.finish(change, leaked=[pages(10)])
+    script.rules.leak(PRIVATE, pages(10))
+    script.rules.finish(change)
 
     for cause, stop in ((EXPLICIT, None), (Cause.IMPLICIT, StopReason.DISCARD_FAILED)):
         ticket = script.submit(request(0, pages(10), PRIVATE, cause, entered_at=script.rules.sequence))

@@ -112,12 +112,13 @@ class RulesMachine(RuleBasedStateMachine):
             self.backend[page] = change.to
         applied = rules.commit(change, change.range.start + len(pages) * PAGE_SIZE)
         assert (applied is None) == (not pages)
-        leaked = [applied] if applied is not None and leak else []
         if leak:
+            if applied is not None:
+                rules.leak(change.to.opposite, applied)
             self.dirty[change.to.opposite] |= set(pages)
         else:
             self.dirty[change.to.opposite] -= set(pages)
-        rules.finish(change, None if fail is None else Failure(fail, "host"), leaked)
+        rules.finish(change, None if fail is None else Failure(fail, "host"))
         self._collect()
 
     @invariant()
