@@ -18,6 +18,9 @@ class PageState(enum.Enum):
     PRIVATE = "private"
     SHARED = "shared"
 
+    # The members are singletons. Enum's own hash calls back into Python, once for each look into a dictionary of both.
+    __hash__ = object.__hash__
+
     @property
     def opposite(self) -> PageState:
         """The other state."""
