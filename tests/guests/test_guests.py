@@ -10,6 +10,7 @@ import kvmd.guests
 from kvmd.guests import GUESTS, HOSTILE
 from kvmd.payload.boot import plan_boot
 from kvmd.payload.elf import parse_elf
+from tests.gate import Facility, require
 
 FOLDER = Path(kvmd.guests.__file__).parent
 SOURCES = FOLDER / "src"
@@ -52,8 +53,8 @@ def test_every_misbehaviour_is_described_where_it_is_selected() -> None:
 
 def tool(*command: str) -> str:
     found = shutil.which(command[0])
-    if found is None:
-        pytest.skip(f"{command[0]} is not installed")
+    require(Facility.COMPILER, None if found else f"{command[0]} is not installed")
+    assert found is not None
     return subprocess.run([found, *command[1:]], check=True, capture_output=True, text=True).stdout  # noqa: S603 - fixed commands
 
 

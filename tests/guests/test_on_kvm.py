@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvmd.guests import GUESTS
+from tests.gate import Facility, require, require_whole
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -37,23 +37,18 @@ class Floor:
         command = [str(self.program), *options, str(GUESTS[guest].path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - ours
         if not done.stdout:
-            pytest.skip(f"this host's KVM: {done.stderr.strip()}")
+            require(Facility.KVM, f"this host's KVM lacks what the floor needs: {done.stderr.strip()}")
         report = json.loads(done.stdout)
         return Result(report["status"], report["stopped"], report["conversions"], report["explicit"], done.stderr)
 
 
 @pytest.fixture(scope="module")
 def floor(tmp_path_factory: pytest.TempPathFactory) -> Floor:
-    gate = os.environ.get("KVMD_TEST_KVM", "auto")
-    if gate == "off":
-        pytest.skip("KVMD_TEST_KVM=off")
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        if gate == "required":
-            pytest.fail("KVMD_TEST_KVM=required, but /dev/kvm is not accessible")
-        pytest.skip("/dev/kvm is not accessible")
+    require_whole(Facility.KVM)
+    require_whole(Facility.COMPILER)
     compiler = shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("gcc is not installed")
+    require(Facility.COMPILER, None if compiler else "gcc is not installed")
+    assert compiler is not None
     program = tmp_path_factory.mktemp("floor") / "floor"
     sources = [str(path) for path in sorted(BENCH.glob("floor*.c"))]
     flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]

@@ -12,6 +12,7 @@ import pytest
 
 from kvmd.payload.boot import plan_boot
 from kvmd.payload.elf import parse_elf
+from tests.gate import Facility, require
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "payload-abi.md"
 
@@ -29,8 +30,7 @@ def test_there_is_an_example_in_each_language() -> None:
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example[0])
 def test_the_example_is_a_payload(example: tuple[str, str, str], tmp_path: Path) -> None:
     language, source, command = example
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
+    require(Facility.COMPILER, None if shutil.which("gcc") else "gcc is not installed")
     (tmp_path / {"asm": "guest.S", "c": "guest.c"}[language]).write_text(source)
 
     one_line = command.replace("\\\n", " ")
