@@ -19,6 +19,7 @@ BENCHMARKS = {
     "pingpong": "conversions end to end, beside the C floor",
     "start": "the start of `kvmd run` to the guest's first output",
     "blocks": "what conversions and a machine's start cost, by block size, memory and pages",
+    "large": "explicit conversions of a large range, beside the bare ioctls (in the lab: lab/README.md)",
     "memory": "host memory that large machines take before the guest touches any",
 }
 """Benchmarks with one line each: each is ``measure(options)`` in the module of its name."""

@@ -69,6 +69,10 @@ class InstantProtection:
         """Answer a load with zeros."""
         return bytes(access.size) if access.data is None else b""
 
+    def diagnose(self, range_: GpaRange, state: PageState) -> str:  # noqa: ARG002 - the protocol has it
+        """Know nothing."""
+        return ""
+
     def facts(self) -> dict[str, object]:
         """Say nothing."""
         return {}

@@ -24,7 +24,6 @@ from kvmd.stop import StopReason
 from kvmd.units import MIB
 
 _ROOT = Path(__file__).resolve().parents[1]
-_FLOOR = _ROOT / "build" / "bench" / "floor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,21 +127,34 @@ def run_floor(load: Load, mode: str) -> Run:
 
 
 def build_floor() -> Path:
-    """Return the C floor, compiled where it is older than its sources.
+    """Return the C floor, compiled where it is older than its sources. Raises CannotMeasure."""
+    return _compiled("floor", "floor*.[ch]")
+
+
+def build_bare() -> Path:
+    """Return the loop of bare ioctls, compiled where it is older than its source. Raises CannotMeasure."""
+    return _compiled("bare", "bare.c")
+
+
+def _compiled(name: str, pattern: str) -> Path:
+    """Return a C program of this folder's.
 
     Raises:
         CannotMeasure: there is no C compiler.
     """
-    sources = sorted(Path(__file__).parent.glob("floor*.[ch]"))
-    if _FLOOR.exists() and all(_FLOOR.stat().st_mtime > source.stat().st_mtime for source in sources):
-        return _FLOOR
+    # The lab's root file system is read-only but for this.
+    folder = Path(os.environ.get("KVMD_BENCH_BUILD", _ROOT / "build" / "bench"))
+    program = folder / name
+    sources = sorted(Path(__file__).parent.glob(pattern))
+    if program.exists() and all(program.stat().st_mtime > source.stat().st_mtime for source in sources):
+        return program
     compiler = shutil.which("cc")
     if compiler is None:
-        raise CannotMeasure("the C floor needs a C compiler: install gcc")
-    _FLOOR.parent.mkdir(parents=True, exist_ok=True)
+        raise CannotMeasure(f"the {name} program needs a C compiler: install gcc")
+    folder.mkdir(parents=True, exist_ok=True)
     code = [str(source) for source in sources if source.suffix == ".c"]
-    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(_FLOOR), *code], check=True)
-    return _FLOOR
+    subprocess.run([compiler, "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(program), *code], check=True)
+    return program
 
 
 def require_kvm() -> None:

@@ -53,6 +53,11 @@ GUESTS = {
             ("how to ask: 0 port 0xC2, 1 VMCALL, 2 VMMCALL (0)",),
         ),
         Guest(
+            "large",
+            "one vCPU converts a large range there and back, the others one page each meanwhile",
+            ("MiB of the large range (32)", "rounds (4)"),
+        ),
+        Guest(
             "hostile",
             "one misbehaviour, for tests of the machine",
             ("which one, as docs/payload-abi.md lists them", "what that one makes of it"),
