@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-LINGER_SECONDS = 0.0003
+LINGER_SECONDS = 0.0005
 """How long the event loop's thread waits for the next item before it goes back to the loop.
 
 A guest that converts comes back soon, and a turn of the event loop costs more than the rules of a conversion. Only

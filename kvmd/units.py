@@ -35,7 +35,8 @@ def parse_size(text: str) -> int:
 def format_size(size_bytes: int) -> str:
     """Return ``size_bytes`` in the largest binary unit that divides it well, such as ``"64 MiB"``."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if size_bytes >= unit:
+        # Where rounding would make 1024 of a unit, the next one says it better.
+        if size_bytes * 20 >= unit * 20 - unit // 1024:
             text = f"{size_bytes / unit:.1f}".removesuffix(".0")
             return f"{text} {name}"
     return f"{size_bytes} B"
