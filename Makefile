@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format guests bench lock clean
+.PHONY: help demo test check format guests bench lab-test lock clean
 
 help: ## Show what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Built aside and stamped last, so that an interrupted set-up is done again and a finished one is not.
 $(READY): requirements/dev.txt pyproject.toml
@@ -32,6 +32,10 @@ check: $(READY) ## Lint, types, and the direction of imports
 format: $(READY) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+lab-test: $(READY) ## Run the tests that need private memory, in the lab
+	lab/setup
+	lab/test
 
 guests: ## Rebuild the payload guests with the GNU toolchain
 	$(MAKE) -C kvmd/guests/src

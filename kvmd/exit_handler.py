@@ -35,9 +35,9 @@ from kvmd.hv.exits import (
 )
 from kvmd.hv.vcpu import Registers, Vcpu
 from kvmd.protection.base import Protection
-from kvmd.ranges import PageState
+from kvmd.ranges import GpaRange, PageState
 from kvmd.stop import RESERVED_STATUSES, Stop, StopReason
-from kvmd.units import PAGE_SIZE, page_floor
+from kvmd.units import PAGE_SIZE, page_ceil, page_floor
 
 EXIT_PORT = 0xF4
 """OUT of a byte here ends the vCPU with that exit status."""
@@ -172,7 +172,7 @@ class ExitHandler:
         gpa, to = self._protection.wanted(fault)
         answer = self._implicit(gpa, fault.size, to)
         if answer.stop is not None:
-            return self._with_registers(answer.stop)
+            return self._with_registers(self._diagnosed(answer.stop, gpa, fault.size, to))
         if self._watch.fault():
             return self._stop(
                 StopReason.NO_PROGRESS,
@@ -189,6 +189,12 @@ class ExitHandler:
             if not exit_.is_write:
                 self._vcpu.complete_read(b"\xff" * exit_.size)
             return Next.COMPLETE
+        if not self._protection.can_access(state):
+            return self._stop(
+                StopReason.EMULATION_FAILURE,
+                f"KVM leaves an access to {state.value} memory to kvmd, which only the guest can make: gpa {gpa:#x} "
+                f"size {exit_.size:#x}; no memslot is there, or the instruction is one that KVM emulates",
+            )
         # KVM splits an access at pages, so this one lies within one.
         access = MmioAccess(gpa, exit_.size, exit_.data if exit_.is_write else None)
         answer = self._implicit(gpa, exit_.size, state, access)
@@ -293,6 +299,13 @@ class ExitHandler:
 
     def _stop(self, reason: StopReason, message: str) -> Stop:
         return self._with_registers(Stop.because(reason, message))
+
+    def _diagnosed(self, stop: Stop, gpa: int, size: int, state: PageState) -> Stop:
+        """Add what the protection knows of memory that is in the right state and still faults."""
+        if stop.reason is not StopReason.NO_PROGRESS:
+            return stop
+        cause = self._protection.diagnose(GpaRange(page_floor(gpa), page_ceil(gpa + size)), state)
+        return replace(stop, message=f"{stop.message}: {cause}") if cause else stop
 
     def _with_registers(self, stop: Stop) -> Stop:
         """Say which vCPU it was, and what its registers are, where they can still be read."""

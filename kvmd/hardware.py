@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from kvmd.errors import BackendError, ConfigError, HostError, MissingCapability
+from kvmd.host_choice import Choice, create_vm
 from kvmd.hv.vcpu import Vcpu
 from kvmd.kvm import uapi
 from kvmd.kvm.fault_layout import choose_layout
+from kvmd.kvm.guest_memfd import GuestMemfd
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
 from kvmd.memory.backing import Backing
+from kvmd.memory.page_state import PageStateMap
 from kvmd.payload.boot import BootLayout, plan_boot
 from kvmd.payload.elf import LoadedImage
+from kvmd.protection.attribute_views import AttributeViews
 from kvmd.protection.base import Protection
-from kvmd.protection.emulated import EmulatedProtection, Tripwire
+from kvmd.protection.emulated import EmulatedProtection
+from kvmd.protection.guest_memfd import GuestMemfdProtection
 from kvmd.protection.none import NoProtection
-from kvmd.ranges import PageState
+from kvmd.protection.two_views import Tripwire
+from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 from kvmd.units import PAGE_SIZE, format_size
 
 _QUIRK_SLOT_ZAP_ALL = 1 << 7
 """KVM_X86_QUIRK_SLOT_ZAP_ALL: deleting a memslot drops all shadow pages of the VM, not just those of the slot."""
 
-_INIT_SHARED_AND_MMAP = 3
-"""The two guest_memfd flags that a tripwire is created with (KVM_CAP_GUEST_MEMFD_FLAGS)."""
+_EXIT_HYPERCALL = "exit-hypercall"
 
 _KERNEL_BYTES_PER_PAGE = 10
 """What KVM keeps for each page of a memslot: a reverse map entry and large-page counts (measured: 9.8 bytes)."""
+
+_ATTRIBUTE_BYTES_PER_PAGE = 10
+"""What KVM keeps for each page with an attribute: an entry in a table of 64 (struct xa_node, 576 bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,9 @@ class Hardware:
         protection: makes conversions real.
         boot: where everything lies.
         shared: host memory of the shared view.
+        state: the state of each page, as the machine starts.
+        pinned: memory that never converts, or has no other state.
+        lock: the memory lock: held while memory changes hands, and by whoever reads ``state`` on another thread.
         facts: what the machine's first log line says.
         resources: closes all of it, in the right order.
     """
@@ -49,6 +61,9 @@ class Hardware:
     protection: Protection
     boot: BootLayout
     shared: Backing
+    state: PageStateMap
+    pinned: GpaRange
+    lock: threading.Lock
     facts: dict[str, object]
     resources: ExitStack
 
@@ -69,41 +84,28 @@ def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], Abstra
         kvm = stack.enter_context(Kvm.open())
         _check_vcpus(kvm, spec.vcpus)
         try:
-            vm = stack.enter_context(kvm.create_vm())
+            vm, choice = create_vm(kvm, spec.protection, spec.tripwire)
+            stack.enter_context(vm)
             enabled = _enable_capabilities(vm)
-            emulated = spec.protection == "emulated"
-            c_bit = kvm.physical_address_bits() - 1 if emulated else None
+            if choice.protection == "guest-memfd" and _EXIT_HYPERCALL not in enabled:
+                # Forgetting it fails silently: KVM would answer the guest's requests itself, with -ENOSYS.
+                raise MissingCapability(
+                    "KVM_CAP_EXIT_HYPERCALL",
+                    "protection guest-memfd needs KVM_CAP_EXIT_HYPERCALL with KVM_HC_MAP_GPA_RANGE, which this VM "
+                    "lacks: use protection emulated",
+                )
             boot = plan_boot(
                 image,
                 memory_size=spec.memory,
                 vcpus=spec.vcpus,
-                c_bit=c_bit,
+                c_bit=kvm.physical_address_bits() - 1 if choice.tripwire is not None else None,
                 gigabyte_pages=kvm.supports_gigabyte_pages(),
                 cpl=spec.cpl,
                 arguments=spec.arguments,
             )
-            _check_kernel_memory(spec.memory, views=2 if emulated else 1)
-            shared = stack.enter_context(Backing("shared", spec.memory))
-            protection: Protection
-            if c_bit is not None:
-                private = stack.enter_context(Backing("private", spec.memory))
-                _write_image(boot, private)
-                tripwire = choose_tripwire(vm, spec.tripwire)
-                emulation = EmulatedProtection(
-                    vm,
-                    {PageState.PRIVATE: private, PageState.SHARED: shared},
-                    pinned=boot.pinned,
-                    c_bit=c_bit,
-                    tripwire=tripwire,
-                    slot_count=memslot_count(vm),
-                    quiesce=quiesce,
-                )
-                stack.callback(emulation.close)
-                protection = emulation
-            else:
-                _write_image(boot, shared)
-                vm.set_memory_region(0, 0, spec.memory, shared.address)
-                protection = NoProtection(spec.memory)
+            _check_kernel_memory(spec.memory, choice)
+            memory = _Memory.of(spec, boot, choice, stack)
+            protection = _protect(vm, memory, boot, choice, quiesce, stack)
             layout = choose_layout(memory_fault_info=vm.check_extension(uapi.KVM_CAP_MEMORY_FAULT_INFO) > 0)
             cpuid = kvm.supported_cpuid()
             vcpus: list[Vcpu] = []
@@ -117,25 +119,82 @@ def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], Abstra
         except BackendError as error:
             raise HostError(f"this host's KVM refused to set up the machine: {error}") from error
         facts = {"accelerator": "kvm", "fault_layout": layout.name, **protection.facts(), "kvm_options": enabled}
-        return Hardware(vcpus, protection, boot, shared, facts, stack.pop_all())
-
-
-def choose_tripwire(vm: Vm, requested: str) -> Tripwire:
-    """Return the tripwire to use: the requested one, or the best that the host offers.
-
-    Raises:
-        MissingCapability: the host lacks the requested one.
-    """
-    offered = vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS) & _INIT_SHARED_AND_MMAP == _INIT_SHARED_AND_MMAP
-    if requested == Tripwire.HOLE.value or (requested == "auto" and not offered):
-        return Tripwire.HOLE
-    if not offered:
-        raise MissingCapability(
-            "KVM_CAP_GUEST_MEMFD_FLAGS",
-            "tripwire guest_memfd needs KVM_CAP_GUEST_MEMFD_FLAGS with MMAP and INIT_SHARED (Linux 6.18), which this "
-            "host's KVM lacks: use --tripwire hole, or auto",
+        if choice.why:
+            facts["protection_because"] = choice.why
+        shared = memory.backings[PageState.SHARED]
+        return Hardware(
+            vcpus, protection, boot, shared, memory.state, memory.pinned, memory.lock, facts, stack.pop_all()
         )
-    return Tripwire.GUEST_MEMFD
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A machine's memory before anything of it is in a memslot.
+
+    Attributes:
+        backings: host memory by side; private memory in a guest_memfd has none.
+        state: the state of each page.
+        pinned: see ``Hardware``.
+        lock: see ``Hardware``.
+        initial: the state of what is not pinned.
+    """
+
+    backings: dict[PageState, Backing]
+    state: PageStateMap
+    pinned: GpaRange
+    lock: threading.Lock
+    initial: PageState
+
+    @classmethod
+    def of(cls, spec: MachineSpec, boot: BootLayout, choice: Choice, stack: ExitStack) -> _Memory:
+        """Map host memory and put the image into the side that it stays in."""
+        shared = stack.enter_context(Backing("shared", spec.memory))
+        backings = {PageState.SHARED: shared}
+        if choice.tripwire is not None:
+            backings[PageState.PRIVATE] = stack.enter_context(Backing("private", spec.memory))
+        # A VM of type SW_PROTECTED has no way to put contents into private memory, so the image stays shared there.
+        pinned_state = PageState.PRIVATE if choice.tripwire is not None else PageState.SHARED
+        for write in boot.writes:
+            backings[pinned_state].write(write.gpa, bytes(write.data))
+        initial = PageState.SHARED if choice.protection == "none" else PageState(spec.initial)
+        pinned = GpaRange(0, spec.memory) if choice.protection == "none" else boot.pinned
+        state = PageStateMap(spec.memory, initial)
+        if pinned_state is not initial:
+            state.set(pinned, pinned_state, 0, explicit=False)
+        return cls(backings, state, pinned, threading.Lock(), initial)
+
+
+def _protect(
+    vm: Vm,
+    memory: _Memory,
+    boot: BootLayout,
+    choice: Choice,
+    quiesce: Callable[[], AbstractContextManager[None]],
+    stack: ExitStack,
+) -> Protection:
+    """Put the memory into memslots."""
+    shared = memory.backings[PageState.SHARED]
+    protection: EmulatedProtection[GuestMemfd] | AttributeViews[GuestMemfd] | GuestMemfdProtection[GuestMemfd]
+    if choice.protection == "none":
+        vm.set_memory_region(0, 0, shared.size_bytes, shared.address)
+        return NoProtection(shared.size_bytes)
+    if choice.tripwire is None or boot.c_bit is None:
+        protection = GuestMemfdProtection(vm, shared, pinned=memory.pinned, state=memory.state, lock=memory.lock)
+    elif choice.tripwire is Tripwire.ATTRIBUTE:
+        protection = AttributeViews(vm, memory.backings, c_bit=boot.c_bit, state=memory.state)
+    else:
+        protection = EmulatedProtection(
+            vm,
+            memory.backings,
+            pinned=memory.pinned,
+            c_bit=boot.c_bit,
+            tripwire=choice.tripwire,
+            slot_count=memslot_count(vm),
+            quiesce=quiesce,
+            initial=memory.initial,
+        )
+    stack.callback(protection.close)
+    return protection
 
 
 def memslot_count(vm: Vm) -> int:
@@ -162,13 +221,15 @@ def _enable_capabilities(vm: Vm) -> list[str]:
         enabled.append("exit-on-emulation-failure")
     if vm.check_extension(uapi.KVM_CAP_EXIT_HYPERCALL) & (1 << uapi.KVM_HC_MAP_GPA_RANGE):
         vm.enable_capability(uapi.KVM_CAP_EXIT_HYPERCALL, 1 << uapi.KVM_HC_MAP_GPA_RANGE)
-        enabled.append("exit-hypercall")
+        enabled.append(_EXIT_HYPERCALL)
     return enabled
 
 
-def _check_kernel_memory(memory: int, *, views: int) -> None:
+def _check_kernel_memory(memory: int, choice: Choice) -> None:
     """Refuse memory whose page tables and maps alone would exhaust the host: the kernel would not, it would swap."""
-    needed = memory // PAGE_SIZE * _KERNEL_BYTES_PER_PAGE * views
+    views = 1 if choice.tripwire is None else 2
+    marks = 1 if choice.protection == "guest-memfd" or choice.tripwire is Tripwire.ATTRIBUTE else 0
+    needed = memory // PAGE_SIZE * (_KERNEL_BYTES_PER_PAGE * views + _ATTRIBUTE_BYTES_PER_PAGE * marks)
     available = _available_memory()
     if available is not None and needed > available * 3 // 4:
         raise HostError(
@@ -186,8 +247,3 @@ def _available_memory() -> int | None:
     except OSError:
         pass
     return None
-
-
-def _write_image(boot: BootLayout, backing: Backing) -> None:
-    for write in boot.writes:
-        backing.write(write.gpa, bytes(write.data))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,7 +22,6 @@ from kvmd.errors import ImageError, MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
 from kvmd.hardware import Hardware, open_kvm
 from kvmd.memory.accessor import HostAccessor
-from kvmd.memory.page_state import PageStateMap
 from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
 from kvmd.run_gate import RunGate
@@ -66,21 +64,18 @@ class Machine:
         self._hardware = hardware
         self._gate = gate
         self._parked = parked
-        memory_lock = threading.Lock()
-        emulated = spec.protection == "emulated"
-        state = PageStateMap(spec.memory, PageState.PRIVATE if emulated else PageState.SHARED)
-        self._state = state
-        self._memory_lock = memory_lock
-        self.pinned = hardware.boot.pinned if emulated else GpaRange(0, spec.memory)
-        self.memory = HostAccessor(state, hardware.shared, memory_lock)
+        self._state = hardware.state
+        self._memory_lock = hardware.lock
+        self.pinned = hardware.pinned
+        self.memory = HostAccessor(hardware.state, hardware.shared, hardware.lock)
         limits = Limits(
             chunk_bytes=spec.conversion.chunk,
             no_progress=spec.conversion.no_progress_limit,
             segments=spec.conversion.max_ranges,
             implicit=ImplicitPolicy(spec.conversion.implicit),
         )
-        rules = ConversionRules(state, pinned=self.pinned, limits=limits)
-        self._service = ConversionService(rules, hardware.protection, memory_lock=memory_lock, ring=self.records)
+        rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
+        self._service = ConversionService(rules, hardware.protection, memory_lock=hardware.lock, ring=self.records)
         around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {

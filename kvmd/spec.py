@@ -27,7 +27,9 @@ ARGUMENT_LIMIT = 8
 
 _FILE_LIMIT = 1 * MIB
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
-_NOT_BUILT_YET = frozenset({"guest-memfd", "auto", "snp", "tdx"})
+_PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
+_NOT_BUILT_YET = frozenset({"snp", "tdx"})
+_TRIPWIRES = frozenset({"auto", "attribute", "guest_memfd", "hole"})
 _SIZES = frozenset({"memory", "conversion.chunk"})
 _U64_LIMIT = 1 << 64
 _NO_PROGRESS_LIMIT = 1_000_000
@@ -39,8 +41,9 @@ _RIGHT = {
     "image": 'the path of an ELF file, relative to this file, or a built-in guest such as "builtin:hello"',
     "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
     "memory": 'a size in pages of 4 KiB, such as "64M"',
-    "protection": '"emulated" or "none"',
-    "tripwire": '"auto", "guest_memfd" or "hole"',
+    "protection": '"emulated", "guest-memfd", "auto" or "none"',
+    "tripwire": '"auto", "attribute", "guest_memfd" or "hole"',
+    "initial": '"private" or "shared"',
     "cpl": "3 (user mode) or 0",
     "arguments": f"up to {ARGUMENT_LIMIT} whole numbers from 0 to 2^64 - 1, such as [16, 8]",
     "conversion": "a table: [conversion], with keys of its own",
@@ -88,8 +91,11 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         name: by default made of the image's file name.
         vcpus: how many, from 1.
         memory: bytes, a multiple of the page size.
-        protection: ``emulated`` (two views of memory by an address bit) or ``none``.
-        tripwire: what makes the view that is not live trip: ``guest_memfd``, ``hole``, or ``auto``.
+        protection: ``emulated`` (two views of memory by an address bit), ``guest-memfd`` (one view, and private
+            memory that the host cannot map), ``none``, or ``auto`` for the strongest that the host offers.
+        tripwire: of ``emulated``, what makes the view that is not live trip: ``attribute``, ``guest_memfd``,
+            ``hole``, or ``auto`` for the best that the host offers.
+        initial: the state that the guest's own memory starts in; without protection all memory is shared.
         cpl: the privilege level that payload guests start at.
         arguments: what the boot information passes to the guest, each an unsigned 64-bit number.
         conversion: bounds on conversions.
@@ -103,7 +109,8 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     vcpus: int = 1
     memory: int = 64 * MIB
     protection: str = "emulated"
-    tripwire: Literal["auto", "guest_memfd", "hole"] = "auto"
+    tripwire: Literal["auto", "attribute", "guest_memfd", "hole"] = "auto"
+    initial: Literal["private", "shared"] = "private"
     cpl: Literal[0, 3] = 3
     arguments: tuple[int, ...] = ()
     conversion: ConversionSpec = msgspec.field(default_factory=ConversionSpec)
@@ -121,9 +128,10 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             )
         if self.protection in _NOT_BUILT_YET:
             raise ConfigError(f'protection: "{self.protection}" is not built yet: expected ' + _RIGHT["protection"])
-        _need("protection", self.protection, self.protection in {"emulated", "none"})
+        _need("protection", self.protection, self.protection in _PROTECTIONS)
         # The type says so too, but a spec that a program makes has not been through msgspec.
-        _need("tripwire", self.tripwire, self.tripwire in {"auto", "guest_memfd", "hole"})
+        _need("tripwire", self.tripwire, self.tripwire in _TRIPWIRES)
+        _need("initial", self.initial, self.initial in {"private", "shared"})
         _need("cpl", self.cpl, self.cpl in {0, 3})
         _need("arguments", list(self.arguments), len(self.arguments) <= ARGUMENT_LIMIT)
         _need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from kvmd.kvm.system import Kvm
+from kvmd.kvm.uapi import KVM_X86_SW_PROTECTED_VM
 from kvmd.kvm.vm import Vm
 from tests.gate import Facility, require_whole
 from tests.leaks import Belongings, open_fds
@@ -16,7 +17,7 @@ from tests.leaks import Belongings, open_fds
 settings.register_profile("kvmd", deadline=None)
 settings.load_profile("kvmd")
 
-_MARKED = {"kvm": Facility.KVM, "compiler": Facility.COMPILER}
+_MARKED = {"kvm": Facility.KVM, "private_memory": Facility.PRIVATE_MEMORY, "compiler": Facility.COMPILER}
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,14 @@ def kvm() -> Iterator[Kvm]:
     require_whole(Facility.KVM)
     with Kvm.open() as device:
         yield device
+
+
+@pytest.fixture
+def protected_vm(kvm: Kvm) -> Iterator[Vm]:
+    """Yield an empty virtual machine whose pages have attributes."""
+    require_whole(Facility.PRIVATE_MEMORY)
+    with kvm.create_vm(KVM_X86_SW_PROTECTED_VM) as machine:
+        yield machine
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ class RecordingProtection:
     threads: list[int] = field(default_factory=list)
     fail_apply: deque[Applied] = field(default_factory=deque)
     fail_discard: deque[bool] = field(default_factory=deque)
+    inaccessible: frozenset[PageState] = frozenset()
     before_apply: Callable[[GpaRange], None] | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +63,10 @@ class RecordingProtection:
         for gpa in [gpa for gpa in self.sides[side] if range_.start <= gpa < range_.end]:
             del self.sides[side][gpa]
 
+    def can_access(self, state: PageState) -> bool:
+        """Tell what was set."""
+        return state not in self.inaccessible
+
     def access(self, state: PageState, access: MmioAccess) -> bytes:
         """Read or write single bytes of a side."""
         if access.data is None:
@@ -69,6 +74,10 @@ class RecordingProtection:
         for index, value in enumerate(access.data):
             self.sides[state][access.gpa + index] = bytes([value])
         return b""
+
+    def diagnose(self, range_: GpaRange, state: PageState) -> str:
+        """Return something to look for."""
+        return f"{state.value} {range_} is a recording"
 
     def facts(self) -> dict[str, object]:
         """Return nothing of interest."""

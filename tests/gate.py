@@ -21,13 +21,16 @@ from functools import cache
 import pytest
 
 from kvmd.errors import HostError
+from kvmd.kvm.needs import GUEST_MEMFD, SOFTWARE_PROTECTED_VM, first_lacking
 from kvmd.kvm.system import Kvm
+from kvmd.kvm.uapi import KVM_X86_SW_PROTECTED_VM
 
 
 class Facility(enum.Enum):
     """What a host may lack; the value is the variable that speaks of it."""
 
     KVM = "KVMD_TEST_KVM"
+    PRIVATE_MEMORY = "KVMD_TEST_PRIVATE_MEMORY"
     COMPILER = "KVMD_TEST_COMPILER"
 
 
@@ -91,6 +94,20 @@ def missing_kvm() -> str | None:
 
 
 @cache
+def missing_private_memory() -> str | None:
+    """Return why there are no VMs with private memory, or None."""
+    try:
+        with Kvm.open() as kvm:
+            if first_lacking((SOFTWARE_PROTECTED_VM,), kvm.check_extension):
+                return "this KVM has no KVM_X86_SW_PROTECTED_VM: run them in the lab"
+            with kvm.create_vm(KVM_X86_SW_PROTECTED_VM) as vm:
+                lacking = first_lacking(GUEST_MEMFD, vm.check_extension)
+                return f"this KVM has no {lacking}: run them in the lab" if lacking else None
+    except HostError as error:
+        return str(error)
+
+
+@cache
 def missing_compiler() -> str | None:
     """Return why nothing that includes linux/kvm.h can be compiled, or None."""
     compiler = shutil.which("cc")
@@ -106,4 +123,8 @@ def missing_compiler() -> str | None:
     return f"linux/kvm.h cannot be compiled: {probe.stderr.strip()[:200]}" if probe.returncode else None
 
 
-_MISSING = {Facility.KVM: missing_kvm, Facility.COMPILER: missing_compiler}
+_MISSING = {
+    Facility.KVM: missing_kvm,
+    Facility.PRIVATE_MEMORY: missing_private_memory,
+    Facility.COMPILER: missing_compiler,
+}

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("faces", ("kvmd.cli", "kvmd.api")),
     ("machine", ("kvmd.machine",)),
     ("hardware", ("kvmd.hardware",)),
+    ("host's choice", ("kvmd.host_choice",)),
     ("vCPU tasks", ("kvmd.vcpu_tasks",)),
     ("exits", ("kvmd.exit_handler",)),
     ("conversion service", ("kvmd.conversion_service",)),
@@ -54,7 +55,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """What some modules must do without though it may lie below them: they decide, others act."""
 
-KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.cli")
+KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.host_choice", "kvmd.cli")
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
 
 FACES_ONLY = ("click", "rich")

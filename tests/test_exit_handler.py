@@ -66,7 +66,8 @@ class Rig:
         self.mmio = MmioCounter()
         self.vcpu = FakeVcpu(2, lambda vcpu: vcpu.spin())
         self.vcpu.current = Registers(rip=0x100040, rax=12)
-        around = VcpuSurroundings(self.service, RecordingProtection(MEMORY), self.ports, self.mmio)
+        self.protection = RecordingProtection(MEMORY)
+        around = VcpuSurroundings(self.service, self.protection, self.ports, self.mmio)
         self.handler = ExitHandler(self.vcpu, around)
 
     def answer(self, exit_: Exit) -> object:
@@ -99,6 +100,22 @@ def test_a_fault_becomes_a_request_without_the_c_bit() -> None:
 def test_an_answer_that_stops_the_machine_ends_the_thread() -> None:
     stop = Rig(Answer(Outcome.FAILED, stop=STOP)).stop(MemoryFault(PAGE, PAGE_SIZE, private=False))
     assert (stop.reason, stop.message) == (STOP.reason, STOP.message)
+
+
+def test_an_access_that_only_the_guest_can_make_stops_the_machine() -> None:
+    rig = Rig()
+    rig.protection.inaccessible = frozenset({PageState.PRIVATE})
+    stop = rig.stop(Mmio(PAGE | C_BIT, 8, is_write=False, data=b""))
+    assert stop.reason is StopReason.EMULATION_FAILURE
+    assert "an access to private memory" in stop.message
+    assert "gpa 0x200000 size 0x8" in stop.message
+    assert rig.service.requests == []
+
+
+def test_a_fault_without_progress_is_diagnosed_by_the_protection() -> None:
+    stuck = Stop.because(StopReason.NO_PROGRESS, "the same fault came back")
+    stop = Rig(Answer(Outcome.FAILED, stop=stuck)).stop(MemoryFault(PAGE | 8, 16, private=False))
+    assert stop.message == "the same fault came back: shared [0x200000, 0x201000) is a recording"
 
 
 def test_an_interruption_is_forgotten_and_the_guest_entered_again() -> None:

@@ -52,6 +52,7 @@ def test_everything_can_be_written(tmp_path: Path) -> None:
         memory = "1G"
         protection = "none"
         tripwire = "hole"
+        initial = "shared"
         cpl = 0
         arguments = [1, 0xffffffffffffffff]
         [conversion]
@@ -67,6 +68,7 @@ def test_everything_can_be_written(tmp_path: Path) -> None:
         memory=1 << 30,
         protection="none",
         tripwire="hole",
+        initial="shared",
         cpl=0,
         arguments=(1, 2**64 - 1),
         conversion=ConversionSpec(chunk=4096, no_progress_limit=3, max_ranges=10),
@@ -123,9 +125,10 @@ def test_the_name_is_made_of_the_image(image: str, name: str) -> None:
         ({"arguments": [1, "x"]}, ["arguments: [1, 'x']", "2^64"]),
         ({"arguments": [-1]}, ["arguments: [-1]", "from 0"]),
         ({"arguments": [0] * 9}, ["arguments:", "up to 8"]),
-        ({"protection": "emulate"}, ["protection: 'emulate'", '"emulated" or "none"']),
+        ({"protection": "emulate"}, ["protection: 'emulate'", '"emulated", "guest-memfd", "auto" or "none"']),
         ({"protection": 5}, ["protection: 5", '"emulated"']),
-        ({"tripwire": "holes"}, ["tripwire: 'holes'", '"guest_memfd"']),
+        ({"tripwire": "holes"}, ["tripwire: 'holes'", '"attribute"', '"guest_memfd"']),
+        ({"initial": "open"}, ["initial: 'open'", '"private" or "shared"']),
         ({"cpl": 1}, ["cpl: 1", "3 (user mode) or 0"]),
         ({"cpl": "3"}, ["cpl: '3'", "3 (user mode) or 0"]),
         ({"name": ""}, ["name: ''", "such as"]),
@@ -150,7 +153,12 @@ def test_what_is_wrong_is_said_with_the_key_and_what_would_be_right(
         assert part in message
 
 
-@pytest.mark.parametrize("protection", ["guest-memfd", "auto", "snp", "tdx"])
+@pytest.mark.parametrize("protection", ["guest-memfd", "auto"])
+def test_other_protections_can_be_asked_for(protection: str) -> None:
+    assert spec_of({"image": "a.elf", "protection": protection}, base=HERE).protection == protection
+
+
+@pytest.mark.parametrize("protection", ["snp", "tdx"])
 def test_protections_to_come_are_known_but_refused(protection: str) -> None:
     assert "not built yet" in complaint(protection=protection)
 

@@ -9,14 +9,10 @@ from kvmd.kvm import uapi
 from kvmd.kvm.capabilities import CapabilityReport
 from kvmd.kvm.capability_table import VM_TYPE_NAMES
 from kvmd.kvm.fault_layout import choose_layout
+from kvmd.kvm.needs import ATTRIBUTE_TRIPWIRE, GUEST_MEMFD, GUEST_MEMFD_TRIPWIRE, Need, first_lacking
 
-_MMAP_AND_INIT_SHARED = 3
 _NOT_BUILT_YET = "not built yet"
-_PROTECTION_VM_TYPES = {
-    "guest-memfd": uapi.KVM_X86_SW_PROTECTED_VM,
-    "snp": uapi.KVM_X86_SNP_VM,
-    "tdx": uapi.KVM_X86_TDX_VM,
-}
+_PROTECTIONS_TO_COME = {"snp": uapi.KVM_X86_SNP_VM, "tdx": uapi.KVM_X86_TDX_VM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +24,7 @@ class HostReport:
         fault_layout: the name of the layout that memory faults are decoded with.
         tripwires: the kinds that work here, the one that ``auto`` takes first.
         protections: every kind by name: None where it works here, else why not.
+        strongest: the protection that ``auto`` takes, or None where none works.
         vcpus: the most that a machine can have, and how many KVM recommends; 0 where it does not say.
         memslots: the most that a machine can have.
         capabilities: the answers themselves.
@@ -37,6 +34,7 @@ class HostReport:
     fault_layout: str
     tripwires: tuple[str, ...]
     protections: dict[str, str | None]
+    strongest: str | None
     vcpus: tuple[int, int]
     memslots: int
     capabilities: tuple[CapabilityReport, ...]
@@ -53,21 +51,33 @@ def report_of(reports: Sequence[CapabilityReport]) -> HostReport:
     offered = {report.vm_type for report in reports if report.value is not None}
     usable = all(report.value for report in reports if report.capability.required)
     unusable = None if usable else "no guest can run on this host"
-    has_memfd = plain.get("KVM_CAP_GUEST_MEMFD_FLAGS", 0) & _MMAP_AND_INIT_SHARED == _MMAP_AND_INIT_SHARED
-    protections = {"emulated": unusable, "none": unusable}
-    for name, vm_type in _PROTECTION_VM_TYPES.items():
-        lacking = "" if vm_type in offered else f"; no {VM_TYPE_NAMES[vm_type]} here"
-        protections[name] = _NOT_BUILT_YET + lacking
+    lacking = _lacking(reports, uapi.KVM_X86_SW_PROTECTED_VM, GUEST_MEMFD)
+    guest_memfd = unusable or (f"no {lacking} here" if lacking else None)
+    protections = {"guest-memfd": guest_memfd, "emulated": unusable, "none": unusable}
+    kinds = (
+        ("attribute", _lacking(reports, uapi.KVM_X86_SW_PROTECTED_VM, ATTRIBUTE_TRIPWIRE)),
+        ("guest_memfd", _lacking(reports, uapi.KVM_X86_DEFAULT_VM, GUEST_MEMFD_TRIPWIRE)),
+        ("hole", None),
+    )
+    for name, vm_type in _PROTECTIONS_TO_COME.items():
+        protections[name] = _NOT_BUILT_YET + ("" if vm_type in offered else f"; no {VM_TYPE_NAMES[vm_type]} here")
     recommended = plain.get("KVM_CAP_NR_VCPUS", 0)
     return HostReport(
         usable=usable,
         fault_layout=choose_layout(memory_fault_info=plain.get("KVM_CAP_MEMORY_FAULT_INFO", 0) > 0).name,
-        tripwires=(*(("guest_memfd",) if has_memfd else ()), "hole"),
+        tripwires=tuple(name for name, need in kinds if need is None),
         protections=protections,
+        strongest=next((name for name in ("guest-memfd", "emulated") if protections[name] is None), None),
         vcpus=(plain.get("KVM_CAP_MAX_VCPUS", 0) or recommended, recommended),
         memslots=plain.get("KVM_CAP_NR_MEMSLOTS", 0),
         capabilities=tuple(reports),
     )
+
+
+def _lacking(reports: Sequence[CapabilityReport], vm_type: int, needs: tuple[Need, ...]) -> Need | None:
+    """Return the first need that a VM of the type would not meet."""
+    answers = {r.capability.number: r.value or 0 for r in reports if r.vm_type in (None, vm_type)}
+    return first_lacking(needs, lambda number: answers.get(number, 0))
 
 
 def as_json(report: HostReport) -> dict[str, object]:
@@ -79,6 +89,7 @@ def as_json(report: HostReport) -> dict[str, object]:
         "protections": {
             name: {"usable": problem is None, "problem": problem} for name, problem in report.protections.items()
         },
+        "auto": report.strongest,
         "max_vcpus": report.vcpus[0],
         "recommended_vcpus": report.vcpus[1],
         "memslots": report.memslots,
@@ -105,7 +116,8 @@ def as_text(report: HostReport) -> str:
         "",
         f"  memory faults  layout {report.fault_layout}",
         f"  tripwires      {', '.join(report.tripwires)}   ({report.tripwires[0]} is used by default)",
-        f"  protection     {', '.join(working) or 'none works here'}",
+        f"  protection     {', '.join(working) or 'none works here'}"
+        + (f"   (auto takes {report.strongest})" if report.strongest else ""),
         *(f"  {'':14} {name}: {problem}" for name, problem in report.protections.items() if problem),
         f"  vCPUs          up to {report.vcpus[0]}, {report.vcpus[1]} recommended",
         f"  memslots       {report.memslots}",

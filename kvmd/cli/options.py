@@ -42,12 +42,18 @@ def machine_options(command: _F) -> _F:
             click.option(
                 "--protection",
                 metavar="KIND",
-                help="Where private memory comes from: emulated or none.  [default: emulated]",
+                help="Where private memory comes from: emulated, guest-memfd, none, or auto for the strongest that "
+                "this host offers.  [default: emulated]",
             ),
             click.option(
                 "--tripwire",
-                type=click.Choice(["auto", "guest_memfd", "hole"]),
+                type=click.Choice(["auto", "attribute", "guest_memfd", "hole"]),
                 help="What makes the view that is not live trip.  [default: auto]",
+            ),
+            click.option(
+                "--initial",
+                type=click.Choice(["private", "shared"]),
+                help="The state that the guest's own memory starts in.  [default: private]",
             ),
             click.option(
                 "--cpl", type=click.Choice([0, 3]), metavar="3|0", help="Privilege level of the guest.  [default: 3]"

@@ -195,9 +195,10 @@ class ConversionRules:
                 self._start(ticket, range_, self._pending, [])
                 return None
             ticket.merged = 1
-            work = _Work(range_, request.to, request.cause is Cause.EXPLICIT, [ticket], range_.start)
-            self._current = work
-            return self._change_of(work, range_)
+            is_explicit = request.cause is Cause.EXPLICIT
+            self._current = _Work(range_, request.to, is_explicit, [ticket], range_.start)
+            leaked = self._leaks[request.to]
+            return Change(range_, request.to, is_explicit, leaked.within(range_) if leaked else (), (ticket,))
         return None
 
     def _admit(self) -> None:

@@ -58,6 +58,11 @@ GUESTS = {
             ("MiB of the large range (32)", "rounds (4)"),
         ),
         Guest(
+            "conformance",
+            "the conversions of the kernel's own private_mem_conversions_test, checked byte by byte",
+            ("1 where a program on the host answers its questions (0)", "rounds (1)"),
+        ),
+        Guest(
             "hostile",
             "one misbehaviour, for tests of the machine",
             ("which one, as docs/payload-abi.md lists them", "what that one makes of it"),
@@ -76,7 +81,7 @@ HOSTILE = {
     6: "copy a page from its shared to its private view in one instruction: no progress is possible",
     7: "end with the reserved status 121",
     8: "touch the shared view of pinned memory",
-    9: "rep insb into a view that is not live; ends with 0",
+    9: "rep insb into a view that is not live, with argument 1 on a machine where that is lost; ends with 0",
     10: "execute hlt: a fault at CPL 3",
     11: "send argument 1 bytes (65536) to the console without polling; ends with 0",
     12: "execute code in the shared view, with argument 1 also in a view that is not live; ends with 0",

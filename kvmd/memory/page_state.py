@@ -104,6 +104,20 @@ class PageStateMap:
         first = bisect_right(self._starts, range_.start) - 1
         return max(self._generations[first : bisect_left(self._starts, range_.end, first + 1)])
 
+    def runs(self, state: PageState, within: GpaRange | None = None) -> Iterator[GpaRange]:
+        """Yield the longest runs of pages in ``within`` that are in ``state``, in order."""
+        start = end = -1
+        for segment in self.segments(within):
+            if segment.state is not state:
+                continue
+            if segment.range.start != end:
+                if end >= 0:
+                    yield GpaRange(start, end)
+                start = segment.range.start
+            end = segment.range.end
+        if end >= 0:
+            yield GpaRange(start, end)
+
     def first_in_state(self, state: PageState, within: GpaRange) -> int | None:
         """Return the first gpa in ``within`` that is in ``state``, or None."""
         index = bisect_right(self._starts, within.start) - 1

@@ -46,8 +46,17 @@ class Protection(Protocol):
             BackendError: the host refused; nothing else changed.
         """
 
+    def can_access(self, state: PageState) -> bool:
+        """Tell whether ``access`` works in that state: not where only the guest itself can."""
+
     def access(self, state: PageState, access: MmioAccess) -> bytes:
         """Make a guest's own access, on the live side, and return what a load read."""
+
+    def diagnose(self, range_: GpaRange, state: PageState) -> str:
+        """Return what may keep an access to memory from succeeding that is in the state it needs; may be empty.
+
+        For a message, after the same fault came back again and again. From any thread.
+        """
 
     def facts(self) -> dict[str, object]:
         """Return what the machine's first log line says of it."""

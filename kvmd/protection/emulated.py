@@ -1,8 +1,8 @@
-"""Emulated protection: two views of guest memory by one address bit, one of them live, the other a tripwire.
+"""Emulated protection by memslots: two views of guest memory, one of them live, the other a tripwire.
 
-The C-bit of a guest-physical address chooses the view (set = private, as on SEV). Each view has a backing of its
-own. The live view of a page is an ordinary memslot; touching the other one makes KVM leave the guest, which is
-what a conversion starts from. So any KVM host raises real implicit conversions, without confidential hardware.
+The live view of a page is an ordinary memslot; touching the other one makes KVM leave the guest, which is what a
+conversion starts from. So any KVM host raises real implicit conversions, without confidential hardware.
+``kvmd.protection.attribute_views`` does the same with less effort where KVM has memory attributes.
 
 Races, in short (docs/design.md has the long form): swapping a piece takes its slots away one after the other, and
 meanwhile other vCPUs see a hole there and leave with MMIO exits, which the conversion service answers like any
@@ -12,21 +12,20 @@ disappear under them.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from kvmd.conversion.changes import Failure, FailureKind
-from kvmd.conversion.messages import MmioAccess
 from kvmd.errors import BackendError, HostError, SlotsExhausted
-from kvmd.hv.exits import MemoryFault
 from kvmd.memory import libc
 from kvmd.memory.backing import Backing
 from kvmd.protection.base import Applied
 from kvmd.protection.pieces import Piece, PieceMap
+from kvmd.protection.two_views import Tripwire, TwoViews
+from kvmd.protection.vm import F, SlotVm
 from kvmd.ranges import GpaRange, PageState
-from kvmd.units import MIB
+from kvmd.units import MIB, PAGE_SIZE
 
 BLOCK_BYTES = 2 * MIB
 """The size that memory is cut into at first. Larger blocks make the first conversion in each dearer, smaller ones
@@ -39,51 +38,10 @@ MERGE_GOAL = 512
 """Memslots that merging tries to win back at a time: fewer would merge for every conversion."""
 
 
-class Tripwire(enum.Enum):
-    """What stands in the view that is not live."""
-
-    GUEST_MEMFD = "guest_memfd"
-    """A slot bound to a guest_memfd that was closed: any access is a memory fault."""
-    HOLE = "hole"
-    """No slot: a data access is an MMIO exit, which kvmd completes; instructions cannot be fetched."""
-
-
-class ClosableFd(Protocol):
-    """A guest_memfd, as far as a tripwire needs it."""
-
-    def close(self) -> None:
-        """Close it."""
-
-
-F = TypeVar("F", bound=ClosableFd)
-
-
-class SlotVm(Protocol[F]):
-    """What this protection asks of a VM."""
-
-    def set_memory_region(
-        self,
-        slot: int,
-        gpa: int,
-        size_bytes: int,
-        userspace_addr: int,
-        flags: int = 0,
-        guest_memfd: F | None = None,
-        guest_memfd_offset: int = 0,
-    ) -> None:
-        """Create a memslot. Raises BackendError."""
-
-    def delete_memory_region(self, slot: int) -> None:
-        """Delete a memslot. Raises BackendError."""
-
-    def create_guest_memfd(self, size_bytes: int, flags: int = 0) -> F:
-        """Create a guest_memfd. Raises BackendError."""
-
-
 _GUEST_MEMFD_MMAP_INIT_SHARED = 3
 
 
-class EmulatedProtection(Generic[F]):
+class EmulatedProtection(TwoViews, Generic[F]):
     """The two views of one machine's memory.
 
     Args:
@@ -91,9 +49,10 @@ class EmulatedProtection(Generic[F]):
         backings: host memory of each view, of the machine's whole size.
         pinned: memory that is private for good, from 0: page tables, image, stacks, boot information.
         c_bit: the position of the C-bit.
-        tripwire: the kind in use.
+        tripwire: the kind in use, of those that need no attributes.
         slot_count: memslots that the VM has.
         quiesce: a context in which no vCPU is inside KVM_RUN.
+        initial: the view of convertible memory that is live at first.
 
     Raises:
         HostError: the memory needs more memslots than there are, or KVM refused one.
@@ -109,13 +68,13 @@ class EmulatedProtection(Generic[F]):
         tripwire: Tripwire,
         slot_count: int,
         quiesce: Callable[[], AbstractContextManager[None]],
+        initial: PageState = PageState.PRIVATE,
     ) -> None:
+        super().__init__(backings, c_bit=c_bit)
         self._vm = vm
-        self._backings = backings
-        self._size = backings[PageState.PRIVATE].size_bytes
-        self._mask = 1 << c_bit
         self._tripwire = tripwire
         self._quiesce = quiesce
+        self._reserve: F | None = None
         self._free = list(range(slot_count - 1, -1, -1))
         self._merge_from = 0
         self.cuts = 0
@@ -124,7 +83,7 @@ class EmulatedProtection(Generic[F]):
         while block * MOST_BLOCKS < self._size:
             block *= 2
         convertible = GpaRange(pinned.end, self._size) if pinned.end < self._size else None
-        self.pieces = PieceMap(convertible, block_bytes=block, fine_bytes=BLOCK_BYTES, live=PageState.PRIVATE)
+        self.pieces = PieceMap(convertible, block_bytes=block, fine_bytes=BLOCK_BYTES, live=initial)
         # One inaccessible stretch serves all tripwires: nothing ever looks behind it.
         self._inaccessible_bytes = max(block, pinned.size_bytes)
         try:
@@ -156,20 +115,6 @@ class EmulatedProtection(Generic[F]):
             "memslots_free": len(self._free),
         }
 
-    def locate(self, gpa: int) -> tuple[int, PageState | None]:
-        """Split a reported gpa into the plain one and its view, which is None outside memory."""
-        plain = gpa & ~self._mask
-        if plain >= self._size:
-            return plain, None
-        return plain, PageState.PRIVATE if gpa & self._mask else PageState.SHARED
-
-    def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:
-        """Return the plain gpa and the state it needs: here the C-bit says so, the exit's flags do not."""
-        return (
-            fault.gpa & ~self._mask,
-            PageState.PRIVATE if fault.gpa & self._mask else PageState.SHARED,
-        )
-
     def apply(self, range_: GpaRange, to: PageState) -> Applied:
         """Make the view ``to`` of all pages of the range live, in order of address."""
         done = range_.start
@@ -190,19 +135,29 @@ class EmulatedProtection(Generic[F]):
         return Applied(range_.end)
 
     def discard(self, range_: GpaRange, side: PageState) -> None:
-        """Give the memory behind one side of the range back to the host. Raises BackendError."""
-        self._backings[side].discard(range_)
+        """Give the memory behind one side of the range back to the host. Raises BackendError.
 
-    def access(self, state: PageState, access: MmioAccess) -> bytes:
-        """Make a guest's own access on the live side."""
-        backing = self._backings[state]
-        if access.data is None:
-            return backing.read(access.gpa, access.size)
-        backing.write(access.gpa, access.data)
-        return b""
+        The guest runs again by now, so this is also the moment to make what the next conversion of a page will need:
+        a guest_memfd, which costs it ten microseconds otherwise.
+        """
+        super().discard(range_, side)
+        if self._reserve is None and self._tripwire is Tripwire.GUEST_MEMFD and range_.size_bytes == PAGE_SIZE:
+            with suppress(BackendError):  # the next tripwire tries again, and says so
+                self._reserve = self._vm.create_guest_memfd(PAGE_SIZE, _GUEST_MEMFD_MMAP_INIT_SHARED)
+
+    def diagnose(self, range_: GpaRange, state: PageState) -> str:
+        """Return what may keep an access to live memory from succeeding."""
+        if any(
+            piece.start < range_.end and range_.start < piece.end and piece.backed is not state for piece in self.pieces
+        ):
+            return "KVM refused a memslot for it earlier"
+        return ""
 
     def close(self) -> None:
-        """Give up the tripwires' addresses, after the VM is gone; harmless the second time."""
+        """Give up the tripwires' addresses and what is in reserve; harmless the second time."""
+        if self._reserve is not None:
+            self._reserve.close()
+            self._reserve = None
         if self._inaccessible_bytes:
             libc.unmap(self._inaccessible, self._inaccessible_bytes)
             self._inaccessible_bytes = 0
@@ -217,6 +172,37 @@ class EmulatedProtection(Generic[F]):
 
     def _swap(self, piece: Piece, to: PageState) -> None:
         """Make the other view of the piece live: dead first, so that never both are."""
+        slots, old = piece.slots, piece.live
+        dying, rising = slots[old], slots[to]
+        if dying is None or rising is None:
+            self._swap_with_holes(piece, to)
+            return
+        # The usual case, and most of what kvmd itself adds to a conversion: each memslot keeps its number.
+        vm, start, size_bytes = self._vm, piece.start, piece.end - piece.start
+        try:
+            vm.delete_memory_region(dying)
+            slots[old] = piece.backed = None
+            memfd = self._take_memfd(size_bytes)
+            try:
+                vm.set_memory_region(
+                    dying, self.view_gpa(start, old), size_bytes, self._inaccessible, guest_memfd=memfd
+                )
+            finally:
+                memfd.close()  # as in _trip
+            slots[old] = dying
+            vm.delete_memory_region(rising)
+            slots[to] = None
+            address = self._backings[to].address_of(start)
+            vm.set_memory_region(rising, self.view_gpa(start, to), size_bytes, address)
+            slots[to] = rising
+        except BackendError:
+            self._free.extend(number for view, number in ((old, dying), (to, rising)) if slots[view] is None)
+            self._restore(piece)
+            raise
+        piece.live = piece.backed = to
+
+    def _swap_with_holes(self, piece: Piece, to: PageState) -> None:
+        """The same where a view is a hole: by the kind of tripwire, or since KVM had refused a memslot."""
         try:
             self._delete(piece, piece.live)
             self._trip(piece, piece.live)
@@ -300,6 +286,13 @@ class EmulatedProtection(Generic[F]):
             with suppress(BackendError):
                 self._trip(piece, dead)
 
+    def _take_memfd(self, size_bytes: int) -> F:
+        """Return an open guest_memfd for a tripwire."""
+        if size_bytes == PAGE_SIZE and self._reserve is not None:
+            memfd, self._reserve = self._reserve, None
+            return memfd
+        return self._vm.create_guest_memfd(size_bytes, _GUEST_MEMFD_MMAP_INIT_SHARED)
+
     def _delete_both(self, piece: Piece) -> None:
         for view in PageState:
             self._delete(piece, view)
@@ -307,9 +300,6 @@ class EmulatedProtection(Generic[F]):
     def _create(self, piece: Piece) -> None:
         self._back(piece, piece.live)
         self._trip(piece, piece.live.opposite)
-
-    def _gpa(self, piece: Piece, view: PageState) -> int:
-        return piece.start | self._mask if view is PageState.PRIVATE else piece.start
 
     def _delete(self, piece: Piece, view: PageState) -> None:
         slot = piece.slots[view]
@@ -330,7 +320,7 @@ class EmulatedProtection(Generic[F]):
         slot = self._take_slot()
         address = self._backings[view].address_of(piece.start)
         try:
-            self._vm.set_memory_region(slot, self._gpa(piece, view), piece.size_bytes, address)
+            self._vm.set_memory_region(slot, self.view_gpa(piece.start, view), piece.size_bytes, address)
         except BackendError:
             self._free.append(slot)
             raise
@@ -343,11 +333,11 @@ class EmulatedProtection(Generic[F]):
             return
         slot = self._take_slot()
         try:
-            memfd = self._vm.create_guest_memfd(piece.size_bytes, _GUEST_MEMFD_MMAP_INIT_SHARED)
+            memfd = self._take_memfd(piece.size_bytes)
             try:
                 self._vm.set_memory_region(
                     slot,
-                    self._gpa(piece, view),
+                    self.view_gpa(piece.start, view),
                     piece.size_bytes,
                     self._inaccessible,
                     guest_memfd=memfd,

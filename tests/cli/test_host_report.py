@@ -12,6 +12,9 @@ VALUES = {
     "KVM_CAP_MAX_VCPUS": 1024,
     "KVM_CAP_NR_MEMSLOTS": 32764,
     "KVM_CAP_GUEST_MEMFD_FLAGS": 3,
+    "KVM_CAP_VM_TYPES": 1,
+    "KVM_CAP_MEMORY_ATTRIBUTES": 8,
+    "KVM_CAP_EXIT_HYPERCALL": 4096,
 }
 PLAIN = uapi.KVM_X86_DEFAULT_VM
 
@@ -76,7 +79,36 @@ def test_protections_to_come_say_whether_the_host_would_do() -> None:
     assert protections["none"] is None
     assert protections["snp"] == "not built yet"
     assert protections["tdx"] == "not built yet; no KVM_X86_TDX_VM here"
-    assert protections["guest-memfd"] == "not built yet; no KVM_X86_SW_PROTECTED_VM here"
+    assert protections["guest-memfd"] == "no KVM_X86_SW_PROTECTED_VM here"
+
+
+PROTECTED = uapi.KVM_X86_SW_PROTECTED_VM
+
+
+def test_a_host_with_private_memory() -> None:
+    report = report_of(answers(PROTECTED, KVM_CAP_VM_TYPES=3))
+    assert report.protections["guest-memfd"] is None
+    assert report.strongest == "guest-memfd"
+    assert report.tripwires == ("attribute", "guest_memfd", "hole")
+    text = as_text(report)
+    assert "guest-memfd, emulated, none   (auto takes guest-memfd)" in text
+    assert "(attribute is used by default)" in text
+    assert as_json(report)["auto"] == "guest-memfd"
+
+
+@pytest.mark.parametrize(
+    ("lacks", "tripwires"),
+    [
+        ({"KVM_CAP_EXIT_HYPERCALL": 0}, ("attribute", "guest_memfd", "hole")),
+        ({"KVM_CAP_MEMORY_ATTRIBUTES": 0}, ("guest_memfd", "hole")),
+    ],
+)
+def test_what_a_type_of_vm_lacks_is_named(lacks: dict[str, int], tripwires: tuple[str, ...]) -> None:
+    report = report_of(answers(PROTECTED, KVM_CAP_VM_TYPES=3, **lacks))
+    (name,) = lacks
+    assert (report.protections["guest-memfd"] or "").startswith(f"no {name}")
+    assert report.strongest == "emulated"
+    assert report.tripwires == tripwires
 
 
 def test_a_type_of_vm_that_could_not_be_made_is_said() -> None:

@@ -81,6 +81,17 @@ async def test_explicit_requests_good_and_bad(run: Run, vcpus: int, tripwire: st
     assert {record.cause for record in ran.records} == {Cause.EXPLICIT}
 
 
+@pytest.mark.parametrize("tripwire", TRIPWIRES)
+async def test_memory_may_start_shared(run: Run, tripwire: str) -> None:
+    ran = await run("pingpong", 3, 2, tripwire=tripwire, initial="shared")
+    assert (ran.stop.reason, ran.stop.status) == (StopReason.GUEST_EXIT, 0), ran.output
+    # The first touch of each page finds the shared view live.
+    assert (ran.converted(cause=Cause.IMPLICIT, to=SHARED), ran.converted(cause=Cause.IMPLICIT, to=PRIVATE)) == (3, 6)
+    first = ran.machine.pinned.end
+    touched = first + 3 * PAGE_SIZE
+    assert ran.machine.memory_map() == [(GpaRange(0, touched), PRIVATE), (GpaRange(touched, 64 * MIB), SHARED)]
+
+
 async def test_conversions_at_privilege_level_0(run: Run) -> None:
     ran = await run("pingpong", 2, 2, cpl=0)
     assert (ran.stop.reason, ran.stop.status) == (StopReason.GUEST_EXIT, 0), ran.output

@@ -193,3 +193,21 @@ def test_a_terabyte_costs_nothing_until_it_converts() -> None:
     assert subject.end_in_state(SHARED, GpaRange(0, TIB)) == middle + 99 * MIB + PAGE_SIZE
     subject.set(GpaRange(0, TIB), PRIVATE, 1000, explicit=True)
     assert list(subject.segments()) == [Segment(GpaRange(0, TIB), PRIVATE, 1000, 1000)]
+
+
+def test_runs_join_what_was_converted_at_different_times() -> None:
+    state = PageStateMap(8 * PAGE_SIZE, PageState.PRIVATE)
+    state.set(GpaRange(PAGE_SIZE, 3 * PAGE_SIZE), PageState.SHARED, 1, explicit=True)
+    state.set(GpaRange(3 * PAGE_SIZE, 4 * PAGE_SIZE), PageState.SHARED, 2, explicit=False)
+    state.set(GpaRange(6 * PAGE_SIZE, 8 * PAGE_SIZE), PageState.SHARED, 3, explicit=False)
+    assert list(state.runs(PageState.SHARED)) == [
+        GpaRange(PAGE_SIZE, 4 * PAGE_SIZE),
+        GpaRange(6 * PAGE_SIZE, 8 * PAGE_SIZE),
+    ]
+    within = GpaRange(2 * PAGE_SIZE, 7 * PAGE_SIZE)
+    assert list(state.runs(PageState.SHARED, within)) == [
+        GpaRange(2 * PAGE_SIZE, 4 * PAGE_SIZE),
+        GpaRange(6 * PAGE_SIZE, 7 * PAGE_SIZE),
+    ]
+    assert list(state.runs(PageState.PRIVATE, within)) == [GpaRange(4 * PAGE_SIZE, 6 * PAGE_SIZE)]
+    assert list(state.runs(PageState.PRIVATE, GpaRange(PAGE_SIZE, 2 * PAGE_SIZE))) == []

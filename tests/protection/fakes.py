@@ -1,7 +1,8 @@
-"""A VM without KVM: memslots and guest_memfds as KVM's own rules have them, and failures on demand.
+"""A VM without KVM: memslots, guest_memfds and attributes as KVM's own rules have them, and failures on demand.
 
-The rules are those of virt/kvm/kvm_main.c (kvm_set_memory_region) and virt/kvm/guest_memfd.c (kvm_gmem_create,
-kvm_gmem_bind) of Linux 6.18. tests/protection/test_vm_contract.py holds this class and the real one to the same tests.
+The rules are those of virt/kvm/kvm_main.c (kvm_set_memory_region, kvm_vm_set_mem_attributes), virt/kvm/guest_memfd.c
+(kvm_gmem_create, kvm_gmem_bind) and arch/x86/kvm/mmu/mmu.c (kvm_mmu_faultin_pfn) of Linux 6.18.
+tests/protection/test_vm_contract.py holds this class and the real one to the same tests.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from kvmd.errors import BackendError
+from kvmd.memory.range_set import RangeSet
+from kvmd.ranges import GpaRange
 from kvmd.units import PAGE_MASK, PAGE_SIZE
 
 MOST_PAGES = (1 << 31) - 1
@@ -25,16 +28,37 @@ KNOWN_MEMFD_FLAGS = 3
 """GUEST_MEMFD_FLAG_MMAP and GUEST_MEMFD_FLAG_INIT_SHARED."""
 
 
-class FakeMemfd:
-    """A guest_memfd: what a slot bound to it does depends on whether it is still open."""
+ATTRIBUTE_PRIVATE = 8
+"""KVM_MEMORY_ATTRIBUTE_PRIVATE."""
 
-    def __init__(self, size: int) -> None:
+
+class FakeMemfd:
+    """A guest_memfd: what a slot bound to it does depends on whether it is still open.
+
+    Attributes:
+        pages: what the guest stored, by offset; a page that is not here reads as zeros.
+    """
+
+    def __init__(self, vm: FakeVm, size: int, flags: int) -> None:
         self.size = size
+        self.flags = flags
         self.closed = False
         self.bound: list[tuple[int, int]] = []
+        self.pages: dict[int, int] = {}
+        self._vm = vm
 
     def close(self) -> None:
         self.closed = True
+
+    def punch_hole(self, offset: int, size: int) -> None:
+        operation = f"punch a hole of {size:#x} bytes at {offset:#x}"
+        if self.closed:
+            raise ValueError("guest_memfd is used after it was closed")
+        self._vm._enter(operation)
+        if size <= 0 or (offset | size) & PAGE_MASK:
+            _refuse(operation, errno_codes.EINVAL)
+        for page in [page for page in self.pages if offset <= page < offset + size]:
+            del self.pages[page]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +79,37 @@ class FakeSlot:
 
     @property
     def is_tripwire(self) -> bool:
-        """KVM keeps no reference to the file: once its last descriptor is closed, there is no memory."""
-        return self.memfd is not None and self.memfd.closed
+        """KVM keeps no reference to the file: once its last descriptor is closed, there is no memory.
+
+        Only a memfd that can be mapped (GUEST_MEMFD_FLAG_MMAP) serves shared accesses too.
+        """
+        return self.memfd is not None and self.memfd.closed and self.memfd.flags & 1 == 1
 
 
 class FakeVm:
-    """What ``EmulatedProtection`` asks of a VM.
+    """What protections ask of a VM.
 
     Args:
         slot_count: memslots, numbered from 0 (KVM_CAP_NR_MEMSLOTS).
         gpa_bits: width of a guest-physical address.
+        software_protected: the VM is a KVM_X86_SW_PROTECTED_VM, whose pages may carry the attribute PRIVATE.
+
+    Attributes:
+        private: the pages that carry it.
+        attribute_calls: how often attributes were set, successfully or not.
     """
 
-    def __init__(self, slot_count: int = 512, gpa_bits: int = 48) -> None:
+    def __init__(self, slot_count: int = 512, gpa_bits: int = 48, *, software_protected: bool = False) -> None:
+        self.private = RangeSet()
+        self.attribute_calls = 0
+        self._software_protected = software_protected
         self.slots: dict[int, FakeSlot] = {}
         self.calls = 0
         self.memfds: list[FakeMemfd] = []
         self._slot_count = slot_count
         self._gpa_limit = 1 << gpa_bits
         self._by_gpa: list[tuple[int, int]] = []
+        self._found_holes: set[int] = set()
         self._failing = range(0)
         self._errno = 0
 
@@ -119,6 +155,7 @@ class FakeVm:
         if old is not None:
             self._remove(operation, slot)
         self.slots[slot] = new
+        self._found_holes.clear()  # KVM's are of one generation of memslots (check_mmio_spte)
         insort(self._by_gpa, (gpa, slot))
 
     def delete_memory_region(self, slot: int) -> None:
@@ -132,16 +169,31 @@ class FakeVm:
         self._enter(operation)
         if flags & ~KNOWN_MEMFD_FLAGS or size_bytes <= 0 or size_bytes & PAGE_MASK:
             _refuse(operation, errno_codes.EINVAL)
-        memfd = FakeMemfd(size_bytes)
+        memfd = FakeMemfd(self, size_bytes, flags)
         self.memfds.append(memfd)
         return memfd
+
+    def set_memory_attributes(self, gpa_range: GpaRange, attributes: int) -> None:
+        operation = f"set attributes {attributes:#x} on {gpa_range}"
+        self.attribute_calls += 1
+        self._enter(operation)
+        if not self._software_protected or attributes & ~ATTRIBUTE_PRIVATE:
+            _refuse(operation, errno_codes.EINVAL)
+        # It never looks at memslots: holes and memory that is not there have attributes too.
+        (self.private.add if attributes else self.private.remove)(gpa_range)
 
     # -- what the tests use ---------------------------------------------------------------------------------
 
     def access(self, gpa: int) -> str:
-        """Tell what a guest finds at ``gpa``: ``live`` memory, a ``tripwire``, or a ``hole``."""
+        """Tell what a guest finds at ``gpa``: ``live`` or ``private`` memory, a ``tripwire``, or a ``hole``."""
         slot = self.slot_at(gpa)
+        page = gpa & ~PAGE_MASK
+        if page in self._found_holes:
+            return "hole"
+        if self.private.within(GpaRange.of_size(page, PAGE_SIZE)):
+            return "private" if slot is not None and slot.memfd is not None and not slot.memfd.closed else "tripwire"
         if slot is None:
+            self._found_holes.add(page)
             return "hole"
         return "tripwire" if slot.is_tripwire else "live"
 
@@ -195,6 +247,7 @@ class FakeVm:
         if slot is None:
             _refuse(operation, errno_codes.EINVAL)
         self._by_gpa.remove((slot.gpa, number))
+        self._found_holes.clear()
         if slot.memfd is not None:
             slot.memfd.bound.remove((slot.memfd_offset, slot.memfd_offset + slot.size_bytes))
 

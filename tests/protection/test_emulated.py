@@ -19,13 +19,15 @@ from kvmd.hv.exits import MemoryFault
 from kvmd.memory.backing import Backing
 from kvmd.protection import emulated
 from kvmd.protection.base import Protection
-from kvmd.protection.emulated import MOST_BLOCKS, EmulatedProtection, Tripwire
+from kvmd.protection.emulated import MOST_BLOCKS, EmulatedProtection
+from kvmd.protection.two_views import Tripwire
 from kvmd.ranges import GpaRange, PageState
 from kvmd.units import MIB, PAGE_SIZE, TIB
 from tests.protection.fakes import FakeMemfd, FakeVm
 
 C_BIT = 45
 PRIVATE, SHARED = PageState.PRIVATE, PageState.SHARED
+BY_SLOTS = [Tripwire.GUEST_MEMFD, Tripwire.HOLE]
 BLOCK = 8
 """Pages in a block here: small, so that a few pages of memory have several blocks."""
 
@@ -37,8 +39,10 @@ def pages(start: int, end: int) -> GpaRange:
 class Rig:
     """A protection of ``memory`` pages, the first ``pinned`` of them pinned, and a model of what it should be."""
 
-    def __init__(self, tripwire: Tripwire, *, memory: int = 40, pinned: int = 3, slots: int = 512) -> None:
-        self.tripwire = tripwire
+    def __init__(
+        self, tripwire: Tripwire, *, memory: int = 40, pinned: int = 3, slots: int = 512, shared: int = 0
+    ) -> None:
+        self.tripwire, initial = tripwire, SHARED if shared else PRIVATE
         self.memory, self.pinned, self.slot_count = memory, pinned, slots
         self.vm = FakeVm(slots)
         self.resources = ExitStack()
@@ -56,12 +60,13 @@ class Rig:
                 tripwire=tripwire,
                 slot_count=slots,
                 quiesce=self.quiesce,
+                initial=initial,
             )
         except HostError:
             self.close()
             raise
         self.resources.callback(self.protection.close)
-        self.model = [PRIVATE] * memory
+        self.model = [PRIVATE] * pinned + [initial] * (memory - pinned)
         """What each page was converted to last."""
 
     @contextmanager
@@ -139,7 +144,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulated, "BLOCK_BYTES", BLOCK * PAGE_SIZE)
 
 
-@pytest.fixture(params=Tripwire, ids=lambda tripwire: str(tripwire.value))
+@pytest.fixture(params=BY_SLOTS, ids=lambda tripwire: str(tripwire.value))
 def tripwire(request: pytest.FixtureRequest) -> Tripwire:
     found = request.param
     assert isinstance(found, Tripwire)
@@ -162,7 +167,7 @@ class Conversions(RuleBasedStateMachine):
     """Any conversions in any order, with slots in plenty or scarce."""
 
     @initialize(
-        tripwire=st.sampled_from(Tripwire), spare=st.sampled_from([0, 2, 5, 9, 500]), pinned=st.sampled_from([1, 3, 8])
+        tripwire=st.sampled_from(BY_SLOTS), spare=st.sampled_from([0, 2, 5, 9, 500]), pinned=st.sampled_from([1, 3, 8])
     )
     def build(self, tripwire: Tripwire, spare: int, pinned: int) -> None:
         probe = Rig(tripwire, pinned=pinned)
@@ -215,6 +220,23 @@ def test_all_memory_starts_private_and_is_never_swapped_for_that(make: Callable[
     rig.check()
     assert rig.protection.apply(pages(3, 40), PRIVATE).end == 40 * PAGE_SIZE
     assert (rig.protection.cuts, rig.protection.merges, rig.quiesced) == (0, 0, 0)
+
+
+def test_memory_may_start_shared_but_for_what_is_pinned(make: Callable[..., Rig]) -> None:
+    rig = make(shared=1)
+    rig.check()
+    assert rig.apply(9, 10, PRIVATE) is None
+    rig.check()
+
+
+def test_a_slot_that_kvm_refused_is_a_diagnosis(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.apply(9, 10, SHARED)
+    # The page's own memory cannot be had, and neither can what was there before.
+    rig.vm.fail_next(4 if rig.tripwire is Tripwire.GUEST_MEMFD else 2, errno.ENOMEM, times=20)
+    assert rig.apply(9, 10, PRIVATE) is FailureKind.REFUSED
+    assert "KVM refused" in rig.protection.diagnose(pages(9, 10), SHARED)
+    assert rig.protection.diagnose(pages(10, 11), PRIVATE) == ""
 
 
 def test_whole_pieces_are_swapped_under_running_vcpus(make: Callable[..., Rig]) -> None:
