@@ -59,10 +59,20 @@ async def finish(machine: Machine) -> Ran:
     reader = machine.records.reader(from_oldest=True)
     output = bytearray()
 
+    printed = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def note_output() -> None:
+        printed.set()
+
+    machine.console.set_wake(lambda: token.run_sync_soon(note_output))
+
     async def drain() -> None:
+        nonlocal printed
         while True:
+            await printed.wait()
+            printed = trio.Event()
             output.extend(machine.console.take())
-            await trio.sleep(0.01)
 
     with trio.fail_after(RUN_SECONDS):
         async with trio.open_nursery() as nursery:
