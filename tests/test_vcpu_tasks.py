@@ -189,28 +189,25 @@ async def test_pause_completes_pending_io_before_it_is_reported() -> None:
 
 
 async def test_pause_and_resume_at_any_moment_lose_nothing() -> None:
-    """A kick storm: 4 vCPUs that count, paused, resumed and kicked thousands of times."""
+    """A kick storm: 4 vCPUs that count, hundreds of times paused, kicked, taken out and let in again."""
     counts = [0] * 4
-    goal = 3000
+    enough = threading.Event()
 
     def count(vcpu: FakeVcpu) -> Exit:
         counts[vcpu.index] += 1
-        if counts[vcpu.index] >= goal:
+        if enough.is_set():
             return leave(0)
         return PortIo(0x80, 1, 1, is_write=bool(counts[vcpu.index] % 2), data=b"x" * (counts[vcpu.index] % 2))
 
     rig = Rig(*[count] * 4)
-    done = trio.Event()
     stops: list[Stop] = []
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
             stops.append(await rig.tasks.run())
-            done.set()
 
         nursery.start_soon(run)
-        storm = 0
-        while not done.is_set():
+        for _ in range(300):
             await rig.pause()
             seen = list(counts)
             assert not any(vcpu.inside for vcpu in rig.vcpus)
@@ -220,8 +217,9 @@ async def test_pause_and_resume_at_any_moment_lose_nothing() -> None:
             rig.gate.resume()
             with rig.gate.quiesce():
                 assert not any(vcpu.inside for vcpu in rig.vcpus)
-            storm += 1
-            await trio.lowlevel.checkpoint()
+            # Nobody is lost: each of them goes on counting before the next pause.
+            while any(now == before for now, before in zip(counts, seen, strict=True)):
+                await trio.lowlevel.checkpoint()
+        enough.set()
     assert stops[0].reason is StopReason.GUEST_EXIT
-    assert counts == [goal] * 4
-    assert storm > 10
+    assert all(vcpu.released.is_set() for vcpu in rig.vcpus)
