@@ -75,7 +75,7 @@ class AttributeViews(TwoViews, Generic[F]):
         try:
             kind = FailureKind.DISCARD_FIRST
             for run in moving:
-                self._backings[to].discard(run)
+                self._backings[to].empty(run)
             kind = FailureKind.REFUSED
             self._mark(range_, to, 0)
         except BackendError as error:

@@ -86,7 +86,7 @@ class GuestMemfdProtection(Generic[M]):
             if to is PageState.SHARED:
                 # Pages that are shared already keep what they hold.
                 for run in self._state.runs(PageState.PRIVATE, range_):
-                    self._shared.discard(run)
+                    self._shared.empty(run)
             kind = FailureKind.REFUSED
             self._vm.set_memory_attributes(range_, PRIVATE if to is PageState.PRIVATE else 0)
         except BackendError as error:

@@ -107,3 +107,24 @@ def test_a_terabyte_holds_nothing_until_it_is_touched() -> None:
         assert backing.held_bytes() == PAGE_SIZE
         backing.discard(GpaRange(0, TIB))
         assert backing.held_bytes() == 0
+
+
+def test_only_what_is_held_has_to_be_emptied(backing: Backing, monkeypatch: pytest.MonkeyPatch) -> None:
+    discarded: list[GpaRange] = []
+    discard = backing.discard
+
+    def spy(range_: GpaRange) -> None:
+        discarded.append(range_)
+        discard(range_)
+
+    monkeypatch.setattr(backing, "discard", spy)
+    third, rest = GpaRange(2 * PAGE_SIZE, 3 * PAGE_SIZE), GpaRange(3 * PAGE_SIZE, SIZE)
+    backing.empty(third)
+    backing.write(3 * PAGE_SIZE, b"x")
+    backing.empty(third)
+    assert discarded == []
+    backing.empty(rest)
+    assert discarded == [rest]
+    assert backing.held_bytes() == 0
+    backing.empty(rest)
+    assert discarded == [rest]

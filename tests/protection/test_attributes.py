@@ -287,6 +287,7 @@ def test_a_side_that_cannot_be_emptied_does_not_become_live(
 ) -> None:
     rig = make()
     rig.store(9, 5)
+    rig.store_emulated(9, 6)
 
     def refuse(_self: Backing, _range: GpaRange) -> None:
         raise BackendError("cannot punch", errno.EIO)
