@@ -49,6 +49,8 @@ lock: ## Pin all dependencies again
 	cd requirements && ../$(VENV)-lock/bin/pip-compile --quiet --extra dev --generate-hashes --allow-unsafe \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --strip-extras \
 	  --output-file dev.txt ../pyproject.toml
+	cd requirements && ../$(VENV)-lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --strip-extras --output-file lab.txt lab.in
 	rm -rf $(VENV)-lock
 
 clean: ## Remove what was built and set up
