@@ -92,7 +92,7 @@ def measure(options: Options) -> Report:
         series = trio.run(_measure, options, asking, answering)
         bare = series.pop(_BARE)
         for label, measured in series.items():
-            target = TARGET if label == _Door.label else None
+            target = TARGET if label.startswith("service") else None
             report.ratios.append(Ratio(replace(measured, label=f"{label}, {where}"), bare, target))
     os.sched_setaffinity(0, cpus)
     report.notes.append(
@@ -236,9 +236,9 @@ class _Wire:
 
 
 class _Door(_Wire):
-    """kvmd's own way, in the shape that the conversion service has: door, porter task, channel, lingering."""
+    """kvmd's door without rules or records. While it lingers, the porter task and the channel are passed by."""
 
-    label = "hand-off"
+    label = "door alone, lingering"
 
     def __init__(self) -> None:
         super().__init__()

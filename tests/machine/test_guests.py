@@ -69,7 +69,7 @@ async def test_contend_never_shows_a_private_byte(run: Run, vcpus: int, tripwire
 
 
 @pytest.mark.parametrize("tripwire", TRIPWIRES)
-@pytest.mark.parametrize("vcpus", [1, 2, 4])
+@pytest.mark.parametrize("vcpus", [1, 2, 4, 16])
 async def test_explicit_requests_good_and_bad(run: Run, vcpus: int, tripwire: str) -> None:
     ran = await run("explicit", vcpus=vcpus, tripwire=tripwire)
     assert (ran.stop.reason, ran.stop.status) == (StopReason.GUEST_EXIT, 0), ran.output
