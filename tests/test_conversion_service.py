@@ -146,6 +146,48 @@ async def test_a_large_change_is_made_off_the_event_loop_and_a_small_one_gets_in
     assert bench.protection.threads[1] == loop_thread
 
 
+async def test_the_chunks_of_a_large_change_follow_each_other_in_one_worker_thread() -> None:
+    chunk = INLINE_PAGES + 4
+    bench = build(Limits(chunk_bytes=chunk * PAGE_SIZE), memory_pages=256)
+    async with running(bench):
+        await bench.ask(request(0, pages(10, 8 * chunk), SHARED, Cause.EXPLICIT))
+    assert [range_ for name, range_, _ in bench.protection.log if name == "apply"] == [
+        pages(10 + index * chunk, chunk) for index in range(8)
+    ]
+    assert len(set(bench.protection.threads)) == 1
+    assert threading.get_ident() not in bench.protection.threads
+
+
+async def test_cancelling_in_the_middle_of_a_large_change_ends_it_after_a_chunk() -> None:
+    bench = build(Limits(chunk_bytes=(INLINE_PAGES + 4) * PAGE_SIZE), memory_pages=256)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(_: GpaRange) -> None:
+        held.set()
+        go_on.wait()
+
+    bench.protection.before_apply = hold
+    answers: list[Answer] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(
+            bench.service.request(request(0, pages(10, 200), SHARED, Cause.EXPLICIT), Waiter())
+        )
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(bench.service.run)
+        thread.start()
+        await trio.to_thread.run_sync(held.wait)
+        nursery.cancel_scope.cancel()
+        go_on.set()
+    thread.join()
+    bench.service.dispose()
+    (answer,) = answers
+    assert (answer.outcome, answer.stop is not None) == (Outcome.FAILED, True)
+    first = pages(10, INLINE_PAGES + 4)
+    assert [range_ for name, range_, _ in bench.protection.log if name == "apply"] == [first]
+    assert (bench.state.state_of(first), bench.state.state_of(pages(100))) == (SHARED, PRIVATE)
+
+
 async def test_an_mmio_load_reads_zeros_of_the_new_side_and_a_store_stays() -> None:
     async with running(build()) as bench:
         gpa = 10 * PAGE_SIZE + 16

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("output", ("kvmd.console_pump", "kvmd.log")),
     ("buffers", ("kvmd.nonblocking", "kvmd.log_buffer")),
     ("run gate", ("kvmd.run_gate",)),
-    ("request door", ("kvmd.request_door",)),
+    ("request channel", ("kvmd.request_channel",)),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec",)),
     ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests")),

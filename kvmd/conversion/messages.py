@@ -58,7 +58,7 @@ class MmioAccess(msgspec.Struct, frozen=True):
     data: bytes | None
 
 
-class ConversionRequest(msgspec.Struct, frozen=True):
+class ConversionRequest(msgspec.Struct, frozen=True, gc=False):
     """A request as it came from the guest: nothing in it has been checked.
 
     Attributes:

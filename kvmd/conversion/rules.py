@@ -20,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from kvmd.conversion.changes import Change, Failure, FailureKind, ImplicitPolicy, Limits, Ticket
-from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, Outcome
+from kvmd.conversion.messages import Answer, Cause, GuestResult, Outcome
 from kvmd.conversion.no_progress import NoProgressWatch
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
@@ -63,7 +63,7 @@ class ConversionRules:
         self._short: deque[_Work] = deque()
         self._long: deque[_Work] = deque()
         self._turns = SHORT_TURNS
-        self._current: _Work | None = None
+        self._current: _Work | Change | None = None
         self._settled: list[Ticket] = []
         self._progress = NoProgressWatch(limits.no_progress)
         self._leaks = {side: RangeSet() for side in PageState}
@@ -72,7 +72,13 @@ class ConversionRules:
 
     def submit(self, ticket: Ticket) -> None:
         """Take a request. It is looked at when its turn comes, since what is true now may not be then."""
-        ticket.range = _page_range(ticket.request)
+        request = ticket.request
+        start, end = request.gpa, request.gpa + request.size_bytes
+        if request.cause is Cause.IMPLICIT:
+            # A fault may name less than a page; what converts is whole pages.
+            start, end = start & ~PAGE_MASK, (end + PAGE_MASK) & ~PAGE_MASK
+        if 0 <= start < end <= GPA_LIMIT and not (start | end) & PAGE_MASK:
+            ticket.range = GpaRange(start, end)
         self._pending.append(ticket)
 
     def take_settled(self) -> list[Ticket]:
@@ -82,7 +88,7 @@ class ConversionRules:
 
     def fail_all(self, stop: Stop) -> None:
         """Answer all that is waiting with ``stop``: the machine is being torn down."""
-        works = [*self._short, *self._long]
+        works: list[_Work | Change] = [*self._short, *self._long]
         if self._current is not None:
             works.append(self._current)
         for ticket in [ticket for work in works for ticket in work.tickets] + list(self._pending):
@@ -111,9 +117,10 @@ class ConversionRules:
         """
         if self._current is not None:
             raise RuntimeError("the change before this one was not finished")
-        if len(self._pending) == 1 and not self._short and not self._long:
-            change = self._decide_alone(self._pending.popleft())
-            if change is not None:
+        pending = self._pending
+        if len(pending) == 1 and not self._short and not self._long:
+            change = self._decide_alone(pending.popleft())
+            if change is not None or not (self._short or self._long):
                 return change
         while True:
             # Again after each work that turned out to be done: requests may have waited for its pages.
@@ -155,6 +162,9 @@ class ConversionRules:
         if failure is not None:
             self._fail(work, failure)
             return
+        if isinstance(work, Change):
+            self._complete(work)
+            return
         work.cursor = change.range.end
         if work.cursor < work.range.end:
             self._long.append(work)
@@ -195,10 +205,9 @@ class ConversionRules:
                 self._start(ticket, range_, self._pending, [])
                 return None
             ticket.merged = 1
-            is_explicit = request.cause is Cause.EXPLICIT
-            self._current = _Work(range_, request.to, is_explicit, [ticket], range_.start)
-            leaked = self._leaks[request.to]
-            return Change(range_, request.to, is_explicit, leaked.within(range_) if leaked else (), (ticket,))
+            change = self._change(range_, request.to, explicit=request.cause is Cause.EXPLICIT, tickets=(ticket,))
+            self._current = change
+            return change
         return None
 
     def _admit(self) -> None:
@@ -229,14 +238,20 @@ class ConversionRules:
         if range_.end > self._memory_end:
             self._refuse(ticket)
             return False
-        ticket.came_from = self.state.state_of(range_)
+        ticket.came_from, generation = self.state.look(range_)
         if range_.start < self._pinned_end and (request.cause is Cause.EXPLICIT or ticket.came_from is not request.to):
             self._refuse(ticket)
             return False
         if ticket.came_from is request.to:
-            self._answer_spurious(ticket, range_)
+            # The pages are in that state already: another vCPU was faster, or nothing will ever help.
+            stop = self._progress.spurious(request, generation)
+            self._settle(ticket, _SPURIOUS if stop is None else Answer(Outcome.FAILED, stop=stop))
             return False
-        if request.cause is Cause.IMPLICIT and not self._may_convert_implicitly(ticket, range_):
+        if (
+            request.cause is Cause.IMPLICIT
+            and (self._limits.implicit is not ImplicitPolicy.ALLOW or request.entered_at < self._last_explicit)
+            and not self._may_convert_implicitly(ticket, range_)
+        ):
             return False
         if not self._has_room():
             self._fail_ticket(ticket, _STATE_EXHAUSTED)
@@ -247,8 +262,6 @@ class ConversionRules:
         """Tell whether a fault is recent, and allowed, to convert; answer it if not."""
         request = ticket.request
         policy = self._limits.implicit
-        if policy is ImplicitPolicy.ALLOW and request.entered_at >= self._last_explicit:
-            return True
         moving = [segment for segment in self.state.segments(range_) if segment.state is not request.to]
         # An access that came as MMIO cannot be tried again: KVM has decoded it and waits for its data.
         if request.access is None and any(segment.explicit_generation > request.entered_at for segment in moving):
@@ -337,11 +350,12 @@ class ConversionRules:
         if start is None:
             return None
         window = GpaRange(start, min(start + self._limits.chunk_bytes, work.range.end))
-        return self._change_of(work, GpaRange(start, self.state.end_in_state(work.to.opposite, window)))
+        range_ = GpaRange(start, self.state.end_in_state(work.to.opposite, window))
+        return self._change(range_, work.to, explicit=work.explicit, tickets=tuple(work.tickets))
 
-    def _change_of(self, work: _Work, range_: GpaRange) -> Change:
-        leaked = self._leaks[work.to]
-        return Change(range_, work.to, work.explicit, leaked.within(range_) if leaked else (), tuple(work.tickets))
+    def _change(self, range_: GpaRange, to: PageState, *, explicit: bool, tickets: tuple[Ticket, ...]) -> Change:
+        leaked = self._leaks[to]
+        return Change(range_, to, explicit, leaked.within(range_) if leaked else (), tickets)
 
     # -- answers -------------------------------------------------------------------------------------------
 
@@ -349,15 +363,10 @@ class ConversionRules:
         ticket.answer = answer
         self._settled.append(ticket)
 
-    def _complete(self, work: _Work) -> None:
+    def _complete(self, work: _Work | Change) -> None:
         for ticket in work.tickets:
             self._progress.converted(ticket.request, self.sequence)
             self._settle(ticket, _CONVERTED)
-
-    def _answer_spurious(self, ticket: Ticket, range_: GpaRange) -> None:
-        """The pages are in that state already: another vCPU was faster, or nothing will ever help."""
-        stop = self._progress.spurious(ticket.request, self.state.newest_generation(range_))
-        self._settle(ticket, _SPURIOUS if stop is None else Answer(Outcome.FAILED, stop=stop))
 
     def _refuse(self, ticket: Ticket) -> None:
         """Nothing that can be done: a hypercall gets EINVAL and goes on, a fault cannot."""
@@ -381,7 +390,7 @@ class ConversionRules:
                 )
         self._settle(ticket, Answer(Outcome.REFUSED, GuestResult.EINVAL, stop=stop))
 
-    def _fail(self, work: _Work, failure: Failure) -> None:
+    def _fail(self, work: _Work | Change, failure: Failure) -> None:
         for ticket in work.tickets:
             # Of merged requests, those that lie in what was applied are done all the same.
             if ticket.range is not None and self.state.state_of(ticket.range) is work.to:
@@ -413,14 +422,3 @@ _STOP_REASON = {
     FailureKind.DISCARD_FIRST: StopReason.DISCARD_FAILED,
     FailureKind.REFUSED: StopReason.BACKEND_FAILED,
 }
-
-
-def _page_range(request: ConversionRequest) -> GpaRange | None:
-    """Return the pages of the request, or None where they are none, or an explicit one is not aligned."""
-    start, end = request.gpa, request.gpa + request.size_bytes
-    if request.cause is Cause.IMPLICIT:
-        # A fault may name less than a page; what converts is whole pages.
-        start, end = start & ~PAGE_MASK, (end + PAGE_MASK) & ~PAGE_MASK
-    if not 0 <= start < end <= GPA_LIMIT or (start | end) & PAGE_MASK:
-        return None
-    return GpaRange(start, end)

@@ -99,10 +99,14 @@ class PageStateMap:
                 return None
         return state
 
-    def newest_generation(self, range_: GpaRange) -> int:
-        """Return the highest generation of the range's pages."""
-        first = bisect_right(self._starts, range_.start) - 1
-        return max(self._generations[first : bisect_left(self._starts, range_.end, first + 1)])
+    def look(self, range_: GpaRange) -> tuple[PageState | None, int]:
+        """Return what ``state_of`` does, and the highest generation of the range's pages."""
+        starts, end = self._starts, range_.end
+        index = bisect_right(starts, range_.start) - 1
+        past = index + 1
+        if past == len(starts) or end <= starts[past]:
+            return self._states[index], self._generations[index]
+        return self.state_of(range_), max(self._generations[index : bisect_left(starts, end, past)])
 
     def runs(self, state: PageState, within: GpaRange | None = None) -> Iterator[GpaRange]:
         """Yield the longest runs of pages in ``within`` that are in ``state``, in order."""

@@ -1,0 +1,176 @@
+"""The channel from the vCPU threads to the conversion service: a trio memory channel that any thread can send into.
+
+A trio channel belongs to the event loop's thread, and waking the loop through ``trio.from_thread`` or
+``run_sync_soon`` costs a write to a socket and a turn of the loop for each call. So a thread puts what it has into a
+``queue.SimpleQueue`` first, and whoever is awake on the loop's side carries it into the trio channel: the porter task,
+woken by an eventfd, or the service itself, which lingers at the queue for as long as requests come soon. That saves the
+turn of the loop (bench/handoff.py compares them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+import trio
+
+SOON_NS = 500_000
+"""Nanoseconds within which the next item has to come for lingering to pay.
+
+A guest that converts comes back soon, and a turn of the event loop costs more than the rules of a conversion."""
+
+LINGER_NS = 5_000_000
+"""Nanoseconds that the event loop's thread waits for the next item at most, before it goes back to the loop.
+
+More than a tick of the kernel, and not as short as ``SOON_NS``: a timer that ends before the next tick has to be set in
+hardware, which takes some microseconds in a virtual machine; and nearly always the item comes first."""
+
+_LINGER_SECONDS = LINGER_NS / 1e9
+
+T = TypeVar("T")
+
+
+class RequestChannel(Generic[T]):
+    """Takes items from any thread, and gives them to one task, in order.
+
+    There is no lock. Each flag is written by one side before it looks at the queue, and read by the other after it has
+    put something there; so at least one of the two notices.
+
+    Args:
+        too_late: takes what is put after ``close``, in the thread that puts it.
+    """
+
+    def __init__(self, too_late: Callable[[T], None]) -> None:
+        self._handed: queue.SimpleQueue[T] = queue.SimpleQueue()
+        # One message is all that came together. An item a vCPU: there are never more than vCPUs.
+        self._send, self._receive = trio.open_memory_channel[list[T]](math.inf)
+        self._send_nowait, self._receive_nowait = self._send.send_nowait, self._receive.receive_nowait
+        self._in_channel = 0
+        self._taken = 0
+        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._signalled = False
+        self._attended = False
+        self._pays = False
+        self._idle_since_ns = 0
+        self._closed = False
+        self._too_late = too_late
+
+    # -- any thread ----------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Items put in so far, taken out or not."""
+        return self._taken + self._handed.qsize()
+
+    @property
+    def has_arrived(self) -> bool:
+        """Tell whether there is anything to take."""
+        return self._in_channel > 0 or not self._handed.empty()
+
+    def put(self, item: T) -> None:
+        """Send an item. Never blocks."""
+        self._handed.put(item)
+        if not (self._attended or self._signalled):
+            self._signalled = True
+            os.eventfd_write(self._eventfd, 1)
+        if self._closed:
+            # close() may have looked before this was there; each item is taken out once, by it or here.
+            for late in self._drain():
+                self._too_late(late)
+
+    # -- the event loop's thread: the porter ---------------------------------------------------------------------------
+
+    async def carry(self) -> None:
+        """Carry items from the threads' queue into the trio channel, until cancelled. One task does."""
+        while True:
+            await trio.lowlevel.wait_readable(self._eventfd)
+            os.eventfd_read(self._eventfd)
+            self._signalled = False
+            if items := self._drain():
+                self._pays |= time.monotonic_ns() - self._idle_since_ns < SOON_NS
+                self._carry_over(items)
+
+    # -- the event loop's thread: the receiver -------------------------------------------------------------------------
+
+    async def receive(self) -> list[T]:
+        """Wait for items and take them out: all that came together."""
+        items = await self._receive.receive()
+        self._in_channel -= 1
+        return items
+
+    def attend(self) -> None:
+        """Promise to ``take`` often: from now on nobody signals that something came."""
+        self._attended = True
+
+    def leave(self) -> None:
+        """Take the promise back, before the event loop goes on; then ``take`` once more."""
+        self._attended = False
+
+    def take(self) -> list[T]:
+        """Take out all items there are, perhaps none. Never blocks."""
+        if not self._handed.empty():
+            self._carry_over(self._drain())
+        if not self._in_channel:
+            return []
+        self._in_channel -= 1
+        items = self._receive_nowait()
+        while self._in_channel:
+            self._in_channel -= 1
+            items += self._receive_nowait()
+        return items
+
+    def linger(self) -> list[T]:
+        """Keep the thread, and the event loop waiting, for the next items; none where they do not come soon.
+
+        Does not wait at all unless items came soon the last times: then the caller goes back to ``receive``.
+        """
+        if self._pays and not self._in_channel:
+            try:
+                item = self._handed.get(True, _LINGER_SECONDS)
+            except queue.Empty:
+                self._pays = False
+            else:
+                self._taken += 1
+                self._send_nowait([item])
+                if self._handed.empty():
+                    return self._receive_nowait()
+                self._in_channel += 1
+                return self.take()
+        self._idle_since_ns = time.monotonic_ns()
+        return self.take()
+
+    def close(self) -> list[T]:
+        """Let nothing in any more, and return what is there. Harmless the second time."""
+        self._closed = True
+        items = self._drain()
+        # What is on its way to a task that waits in receive() is in the count, and no longer in the channel.
+        with suppress(trio.WouldBlock):
+            while True:
+                items += self._receive_nowait()
+                self._in_channel -= 1
+        return items
+
+    def dispose(self) -> None:
+        """Give up the eventfd, once no thread uses the channel any more; harmless the second time."""
+        if self._eventfd >= 0:
+            os.close(self._eventfd)
+            self._eventfd = -1
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _carry_over(self, items: list[T]) -> None:
+        self._send_nowait(items)
+        self._in_channel += 1
+
+    def _drain(self) -> list[T]:
+        items: list[T] = []
+        with suppress(queue.Empty):
+            while True:
+                items.append(self._handed.get_nowait())
+        self._taken += len(items)
+        return items

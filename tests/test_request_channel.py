@@ -1,0 +1,212 @@
+"""The channel from the vCPU threads to the conversion service."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from kvmd import request_channel
+from kvmd.request_channel import RequestChannel
+
+
+class Late:
+    """Where items go that come after the end."""
+
+    def __init__(self) -> None:
+        self.items: list[int] = []
+
+
+@pytest.fixture
+def late() -> Late:
+    return Late()
+
+
+@pytest.fixture
+def channel(late: Late) -> Iterator[RequestChannel[int]]:
+    made: RequestChannel[int] = RequestChannel(late.items.append)
+    yield made
+    made.dispose()
+    made.dispose()
+
+
+def put_all(channel: RequestChannel[int], *items: int) -> None:
+    for item in items:
+        channel.put(item)
+
+
+async def make_it_pay(channel: RequestChannel[int]) -> None:
+    """Let an item come soon after the receiver went idle."""
+    assert channel.linger() == []
+    await trio.to_thread.run_sync(channel.put, 0)
+    assert await channel.receive() == [0]
+
+
+async def test_what_is_put_is_taken_once_and_in_order(channel: RequestChannel[int]) -> None:
+    assert channel.take() == []
+    put_all(channel, 0, 1, 2)
+    assert (channel.has_arrived, channel.count) == (True, 3)
+    assert channel.take() == [0, 1, 2]
+    assert (channel.has_arrived, channel.count) == (False, 3)
+    put_all(channel, 3)
+    assert channel.take() == [3]
+    assert channel.count == 4
+
+
+async def test_what_the_porter_carried_comes_before_what_was_put_later(
+    channel: RequestChannel[int], nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(channel.carry)
+    put_all(channel, 1, 2)
+    await trio.testing.wait_all_tasks_blocked()
+    assert channel.has_arrived, "in the trio channel by now"
+    put_all(channel, 3)
+    assert channel.take() == [1, 2, 3]
+
+
+async def test_a_receiver_is_woken_when_a_thread_puts_something(
+    channel: RequestChannel[int], nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(channel.carry)
+    got: list[int] = []
+
+    async def receive() -> None:
+        got.extend(await channel.receive())
+
+    async with trio.open_nursery() as inner:
+        inner.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.to_thread.run_sync(channel.put, 7)
+    assert got == [7]
+
+
+async def test_what_was_taken_does_not_wake_again(channel: RequestChannel[int], nursery: trio.Nursery) -> None:
+    nursery.start_soon(channel.carry)
+    channel.put(1)
+    assert channel.take() == [1]
+    await trio.testing.wait_all_tasks_blocked()
+    assert not channel.has_arrived
+
+
+async def test_nobody_signals_while_the_receiver_attends(channel: RequestChannel[int], nursery: trio.Nursery) -> None:
+    nursery.start_soon(channel.carry)
+    channel.attend()
+    channel.put(1)
+    await trio.testing.wait_all_tasks_blocked()
+    assert channel._in_channel == 0, "the porter was not woken"
+    assert channel.take() == [1]
+    channel.leave()
+    channel.put(2)
+    assert await channel.receive() == [2]
+
+
+async def test_an_item_after_the_end_is_too_late_and_one_before_it_is_given_back(
+    channel: RequestChannel[int], late: Late, nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(channel.carry)
+    put_all(channel, 1)
+    await trio.testing.wait_all_tasks_blocked()
+    put_all(channel, 2)
+    # One in the trio channel, one in the threads' queue.
+    assert sorted(channel.close()) == [1, 2]
+    assert channel.close() == []
+    put_all(channel, 3)
+    assert late.items == [3]
+    assert channel.take() == []
+
+
+async def test_lingering_starts_only_once_items_come_soon(
+    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
+    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", 60.0)
+    nursery.start_soon(channel.carry)
+    # Nothing has come yet, so nobody waits: this returns at once.
+    await make_it_pay(channel)
+    # It came soon after the last look: from now on it pays.
+    channel.attend()
+    thread = threading.Thread(target=channel.put, args=(2,))
+    thread.start()
+    assert channel.linger() == [2]
+    thread.join()
+    put_all(channel, 3, 4)
+    assert channel.linger() == [3, 4], "all that is there"
+
+
+async def test_lingering_in_vain_is_given_up(
+    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
+    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", 0.001)
+    nursery.start_soon(channel.carry)
+    await make_it_pay(channel)
+    assert channel.linger() == []
+    assert not channel._pays
+    # And what comes afterwards wakes the loop as before.
+    channel.put(4)
+    assert await channel.receive() == [4]
+
+
+async def test_lingering_never_waits_while_something_is_in_the_trio_channel(
+    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
+    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", 600.0)
+    nursery.start_soon(channel.carry)
+    await make_it_pay(channel)
+    channel.put(5)
+    await trio.testing.wait_all_tasks_blocked()
+    assert channel._in_channel == 1
+    assert channel.linger() == [5]
+
+
+@pytest.mark.parametrize("linger_seconds", [0.00005, 0.005])
+async def test_no_item_is_lost_or_doubled_whatever_the_loop_is_doing(
+    channel: RequestChannel[int], monkeypatch: pytest.MonkeyPatch, linger_seconds: float
+) -> None:
+    """Threads put while the loop waits, lingers, or just takes: the three ways by which it can learn of items."""
+    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", linger_seconds)
+    threads, each = 4, 3000
+    got: list[int] = []
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channel.carry)
+        async with trio.open_nursery() as senders:
+            for index in range(threads):
+                items = range(index * each, (index + 1) * each)
+                senders.start_soon(trio.to_thread.run_sync, put_all, channel, *items)
+            while len(got) < threads * each:
+                got.extend(await channel.receive())
+                channel.attend()
+                while items_now := channel.linger():
+                    got.extend(items_now)
+                    if len(got) % 3 == 0:
+                        await trio.lowlevel.checkpoint()
+                channel.leave()
+                got.extend(channel.take())
+        nursery.cancel_scope.cancel()
+    assert channel.count == threads * each
+    assert sorted(got) == list(range(threads * each))
+    for index in range(threads):
+        mine = [item for item in got if index * each <= item < (index + 1) * each]
+        assert mine == sorted(mine)
+
+
+async def test_each_item_around_the_end_has_one_owner(channel: RequestChannel[int], late: Late) -> None:
+    threads, each = 4, 2000
+    going = threading.Barrier(threads + 1)
+
+    def send(first: int) -> None:
+        going.wait()
+        put_all(channel, *range(first, first + each))
+
+    workers = [threading.Thread(target=send, args=(index * each,)) for index in range(threads)]
+    for worker in workers:
+        worker.start()
+    going.wait()
+    given_back = channel.take() + channel.close()
+    for worker in workers:
+        worker.join()
+    assert sorted(given_back + late.items) == list(range(threads * each))
