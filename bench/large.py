@@ -15,6 +15,7 @@ import trio
 
 from bench.measure import CannotMeasure, Fact, Options, Report, Series, take_turns
 from bench.runs import build_bare, require_kvm
+from kvmd.conversion.changes import Limits
 from kvmd.conversion.messages import Outcome
 from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import DEFAULT_CAPACITY
@@ -28,7 +29,7 @@ from kvmd.units import GIB, MIB, PAGE_SIZE, format_size
 TARGET = 1.3
 """What a conversion of 1 GiB may cost at most, in bare loops."""
 
-_CHUNK = 2 * MIB
+_CHUNK = Limits().chunk_bytes
 _LARGE = GIB
 
 

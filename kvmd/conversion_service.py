@@ -12,6 +12,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 
 import structlog
@@ -89,7 +91,8 @@ class ConversionService:
         self._closed: Stop | None = None
         self._apart = False
         self._answered_ns = 0
-        self._unrecorded: list[Ticket] = []
+        # A worker thread may add to it while the event loop takes out of it.
+        self._unrecorded: deque[Ticket] = deque()
         self._records = 0
 
     # -- the vCPU threads' side ----------------------------------------------------------------------------
@@ -152,6 +155,7 @@ class ConversionService:
         """
         rules, channel = self._rules, self._channel
         channel.attend()
+        arrived += channel.take()
         turn_ends = time.monotonic_ns() + TURN_NS
         while True:
             for ticket in arrived:
@@ -160,16 +164,17 @@ class ConversionService:
                 # They were on their way through the channel when the service was closed.
                 rules.fail_all(self._closed)
             change = rules.next_change()
-            self._answer()
+            self._unrecorded.extend(self._answer())
             if change is not None:
                 if change.range.pages <= INLINE_PAGES:
                     self._make(change)
                 else:
-                    await self._give_up_loop(change)
+                    await self._move_apart(change)
             if len(self._unrecorded) >= UNRECORDED_MOST:
                 self._record()
             if self._answered_ns >= turn_ends:
-                await self._give_up_loop(None)
+                self._record()
+                await trio.lowlevel.checkpoint()
                 turn_ends = time.monotonic_ns() + TURN_NS
             arrived = channel.take() if rules.busy else channel.linger()
             if not arrived and not rules.busy:
@@ -180,22 +185,38 @@ class ConversionService:
                     return
                 channel.attend()
 
-    async def _give_up_loop(self, change: Change | None) -> None:
-        """Let other tasks of the loop go on, while a large change is made in a worker thread, if there is one."""
+    async def _move_apart(self, change: Change) -> None:
+        """Let a worker thread serve, so that the event loop goes on while a large change is made."""
         self._record()
-        if change is None:
-            await trio.lowlevel.checkpoint()
-        else:
-            self._channel.leave()
-            self._apart = True
-            try:
-                await trio.to_thread.run_sync(self._make_apart, change)
-            finally:
-                self._apart = False
-            if self._closed is not None:
-                self._rules.fail_all(self._closed)
-                self._answer()
-            self._channel.attend()
+        self._apart = True
+        try:
+            await trio.to_thread.run_sync(self._serve_apart, change, trio.lowlevel.current_trio_token())
+        finally:
+            self._apart = False
+        if self._closed is not None:
+            self._rules.fail_all(self._closed)
+            self._answer()
+
+    def _serve_apart(self, change: Change | None, token: trio.lowlevel.TrioToken) -> None:
+        """Make a large change and what comes meanwhile, in a worker thread; the rules are this thread's until then.
+
+        A turn through the event loop for each chunk, or for each small request in between, would cost more than a chunk
+        does. So what comes meanwhile is taken from the threads' queue, and does not go over the trio channel.
+        """
+        while change is not None:
+            if change.range.pages <= INLINE_PAGES:
+                self._make(change)
+            else:
+                self._make_large(change)
+            if self._unrecorded:
+                token.run_sync_soon(self._record, idempotent=True)
+            if self._closed is not None or not self._rules.has_long:
+                return
+            trio.from_thread.check_cancelled()
+            for ticket in self._channel.take_apart():
+                self._rules.submit(ticket)
+            change = self._rules.next_change()
+            self._unrecorded.extend(self._answer())
 
     # -- making a change -----------------------------------------------------------------------------------------------
     #
@@ -204,7 +225,7 @@ class ConversionService:
     # shared memory must not find the page private in the middle.
 
     def _make(self, change: Change) -> None:
-        """Make a small change in the event loop's thread.
+        """Make a small change.
 
         The vCPU is answered before the side left behind is discarded: nobody can touch that side until the service
         makes another change, and the guest goes on meanwhile.
@@ -212,29 +233,20 @@ class ConversionService:
         with self._memory_lock:
             applied, failure = self._apply(change)
             self._rules.finish(change, failure)
-            self._answer()
+            settled = self._answer()
             if applied is not None:
                 self._discard(change, applied)
+        self._unrecorded.extend(settled)
 
-    def _make_apart(self, change: Change | None) -> None:
-        """Make a large change and those that follow, in a worker thread, while the event loop goes on.
-
-        One chunk follows the other here for as long as nobody else asks for anything; the rules are this thread's
-        meanwhile. A turn through the event loop for each chunk would cost more than some chunks do.
-        """
-        while change is not None:
-            with self._memory_lock:
-                applied, failure = self._apply(change)
-                if applied is not None:
-                    self._discard(change, applied)
-            if self._closed is not None:
-                return
+    def _make_large(self, change: Change) -> None:
+        """Make a change that may be one chunk of many. Where the machine ends meanwhile, nobody is answered here."""
+        with self._memory_lock:
+            applied, failure = self._apply(change)
+            if applied is not None:
+                self._discard(change, applied)
+        if self._closed is None:
             self._rules.finish(change, failure)
-            self._answer()
-            if self._channel.has_arrived:
-                return
-            trio.from_thread.check_cancelled()
-            change = self._rules.next_change()
+            self._unrecorded.extend(self._answer())
 
     def _apply(self, change: Change) -> tuple[GpaRange | None, Failure | None]:
         """Bring the pages into their new state, as far as the backend does, and record it."""
@@ -293,21 +305,20 @@ class ConversionService:
 
     # -- answers ---------------------------------------------------------------------------------------------
 
-    def _answer(self) -> None:
-        """Wake the threads whose requests the rules settled; the records are written after that."""
+    def _answer(self) -> Sequence[Ticket]:
+        """Wake the threads whose requests the rules settled, and return what is to be recorded."""
         if not self._rules.has_settled:
-            return
+            return ()
         settled = self._rules.take_settled()
-        answered_ns = time.monotonic_ns()
-        if self._closed is None:  # what the machine's end cut off says nothing about conversions
-            self._unrecorded += settled
-        self._answered_ns = answered_ns
+        self._answered_ns = answered_ns = time.monotonic_ns()
         for ticket in settled:
             ticket.answered_ns = answered_ns
             answer = ticket.answer
             if answer is not None:
                 access = ticket.request.access
                 ticket.reply(answer if access is None else self._with_access(ticket.request, access, answer))
+        # What the machine's end cut off says nothing about conversions.
+        return settled if self._closed is None else ()
 
     def _with_access(self, request: ConversionRequest, access: MmioAccess, answer: Answer) -> Answer:
         """Make the access that came as MMIO, before any other change can move the page again."""
@@ -317,11 +328,9 @@ class ConversionService:
 
     def _record(self) -> None:
         """Write the records that were put off."""
-        if not self._unrecorded:
-            return
-        tickets, self._unrecorded = self._unrecorded, []
         wall_offset_ns = time.time_ns() - time.monotonic_ns()
-        for ticket in tickets:
+        while self._unrecorded:
+            ticket = self._unrecorded.popleft()
             if ticket.answer is not None:
                 self._records += 1
                 self._ring.append(_record_of(ticket, ticket.answer, self._records, wall_offset_ns))

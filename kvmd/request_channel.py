@@ -91,7 +91,7 @@ class RequestChannel(Generic[T]):
             await trio.lowlevel.wait_readable(self._eventfd)
             os.eventfd_read(self._eventfd)
             self._signalled = False
-            if items := self._drain():
+            if not self._attended and (items := self._drain()):
                 self._pays |= time.monotonic_ns() - self._idle_since_ns < SOON_NS
                 self._carry_over(items)
 
@@ -104,7 +104,7 @@ class RequestChannel(Generic[T]):
         return items
 
     def attend(self) -> None:
-        """Promise to ``take`` often: from now on nobody signals that something came."""
+        """Promise to ``take`` often: from now on nobody signals that something came, and the porter carries nothing."""
         self._attended = True
 
     def leave(self) -> None:
@@ -123,6 +123,13 @@ class RequestChannel(Generic[T]):
             self._in_channel -= 1
             items += self._receive_nowait()
         return items
+
+    def take_apart(self) -> list[T]:
+        """Take out what there is, in another thread than the event loop's, to which the trio channel is closed.
+
+        For a receiver that attends, and has taken what the trio channel held, until the event loop has it back.
+        """
+        return self._drain()
 
     def linger(self) -> list[T]:
         """Keep the thread, and the event loop waiting, for the next items; none where they do not come soon.

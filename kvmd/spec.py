@@ -66,7 +66,7 @@ class ConversionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             undo an explicit conversion; ``deny`` stops it at any.
     """
 
-    chunk: int = 2 * MIB
+    chunk: int = 32 * MIB
     no_progress_limit: int = 8
     max_ranges: int = 65536
     implicit: Literal["allow", "keep-explicit", "deny"] = "allow"

@@ -38,7 +38,7 @@ def test_an_image_is_enough() -> None:
         tripwire="auto",
         cpl=3,
         arguments=(),
-        conversion=ConversionSpec(chunk=2 * MIB, no_progress_limit=8, max_ranges=65536),
+        conversion=ConversionSpec(chunk=32 * MIB, no_progress_limit=8, max_ranges=65536),
     )
 
 

@@ -40,7 +40,7 @@ class Limits:
         implicit: what becomes of implicit conversions.
     """
 
-    chunk_bytes: int = 2 * MIB
+    chunk_bytes: int = 32 * MIB
     no_progress: int = 8
     segments: int = 65536
     implicit: ImplicitPolicy = ImplicitPolicy.ALLOW

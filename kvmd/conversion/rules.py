@@ -102,6 +102,11 @@ class ConversionRules:
         """Tell whether ``next_change`` has anything to decide on."""
         return bool(self._pending or self._short or self._long)
 
+    @property
+    def has_long(self) -> bool:
+        """Tell whether work is under way that takes more than one change."""
+        return bool(self._long)
+
     # -- changes -------------------------------------------------------------------------------------------
 
     @property
