@@ -9,7 +9,9 @@
     │   └── MissingCapability
     ├── BackendError      the accelerator refused a change of a running machine
     │   └── SlotsExhausted
-    └── MachineStateError an action that the machine's state does not allow
+    ├── MachineStateError an action that the machine's state does not allow
+    ├── MachineExists     a machine of that name is there already
+    └── UnknownMachine    there is no machine of that name
 
 Every message is one line that says what is wrong and how to mend it. A failed system call stays the
 ``__cause__`` of the error that names the operation.
@@ -74,3 +76,11 @@ class MachineStateError(KvmdError):
         super().__init__(f"cannot {action}: needs a machine that is {needed}, this one is {found}")
         self.needed = needed
         self.found = found
+
+
+class MachineExists(KvmdError):
+    """A machine of that name is there already."""
+
+
+class UnknownMachine(KvmdError):
+    """There is no machine of that name."""

@@ -18,6 +18,7 @@ import kvmd
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("start", ("kvmd.__main__",)),
     ("faces", ("kvmd.cli", "kvmd.api")),
+    ("fleet", ("kvmd.fleet",)),
     ("machine", ("kvmd.machine",)),
     ("hardware", ("kvmd.hardware",)),
     ("host's choice", ("kvmd.host_choice",)),

@@ -1,0 +1,173 @@
+"""What the daemon's API needs of the machines, whatever stands behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+import msgspec
+
+from kvmd.ranges import GpaRange, PageState
+from kvmd.spec import MachineSpec
+
+MachineState = Literal["created", "running", "paused", "stopped"]
+"""``created``: a process with memory and vCPUs that has not run yet. ``stopped``: the process is gone, its end is kept."""
+
+
+class MachineEnd(msgspec.Struct, frozen=True):
+    """How a machine ended.
+
+    Attributes:
+        reason: a name of ``kvmd.stop.StopReason``, or ``process-died`` where the process ended without saying why.
+        message: one line.
+        status: the exit status, 0 to 255.
+        signal: the signal that ended the process, or None.
+        wall_ns: when, in nanoseconds since the epoch.
+    """
+
+    reason: str
+    message: str
+    status: int
+    signal: int | None
+    wall_ns: int
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """What a machine did so far.
+
+    Attributes:
+        requests: by cause, direction and outcome, such as ``("implicit", "private", "converted")``.
+        shared_bytes, private_bytes: of all memory, now.
+        waiting_us, applying_us, discarding_us: percentiles 50, 90 and 99 and the maximum, in microseconds.
+        lost: records that the ring dropped before they were counted.
+    """
+
+    requests: dict[tuple[str, str, str], int]
+    shared_bytes: int
+    private_bytes: int
+    waiting_us: tuple[float, float, float, float]
+    applying_us: tuple[float, float, float, float]
+    discarding_us: tuple[float, float, float, float]
+    lost: int
+
+
+class MachineInfo(msgspec.Struct, frozen=True):
+    """One machine as it is now.
+
+    Attributes:
+        name: unique in the daemon.
+        spec: what it is made of.
+        state: see ``MachineState``.
+        owner_uid: whose connection created it.
+        created_ns, started_ns: nanoseconds since the epoch; None where it was not started.
+        pid: of its process; None once that has ended.
+        facts: what its first log line says: protection, tripwire, accelerator and so on.
+        end: how it ended; None while it has not.
+    """
+
+    name: str
+    spec: MachineSpec
+    state: MachineState
+    owner_uid: int
+    created_ns: int
+    started_ns: int | None
+    pid: int | None
+    facts: dict[str, object]
+    end: MachineEnd | None
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One line of a stream.
+
+    Attributes:
+        id: grows within one stream; a reader that comes back names the last one it saw.
+        kind: ``conversion``, ``lifecycle``, ``counters`` or ``lost`` (how many the reader was too slow for).
+        machine: its name.
+        data: JSON object.
+    """
+
+    id: str
+    kind: str
+    machine: str
+    data: dict[str, object]
+
+
+class Console(Protocol):
+    """A connection to a machine's console, both ways."""
+
+    async def receive(self) -> bytes:
+        """Return the next output; empty at the machine's end."""
+
+    async def send(self, data: bytes) -> None:
+        """Give the guest input; waits while the guest does not take it."""
+
+
+class Fleet(Protocol):
+    """All machines of a daemon.
+
+    Raises, where a method says nothing else:
+        UnknownMachine: there is none of that name.
+        MachineStateError: the action needs another state; says which it needs and which it found.
+    """
+
+    def machines(self) -> Sequence[MachineInfo]:
+        """Return all of them, by name."""
+
+    def machine(self, name: str) -> MachineInfo:
+        """Return one."""
+
+    async def create(self, spec: MachineSpec, *, owner_uid: int, image: int | None = None) -> MachineInfo:
+        """Make a machine's process, with memory and vCPUs, not running yet.
+
+        Args:
+            spec: of a name that is free, or "" for one that kvmd makes up.
+            owner_uid: who asked.
+            image: an open file to load in place of ``spec.image``, which is only its name then. The caller closes it.
+
+        Raises:
+            MachineExists: the name is taken.
+            KvmdError: as ``Machine.open``; nothing is left behind.
+        """
+
+    async def delete(self, name: str) -> None:
+        """Forget a machine that is created or stopped; a created one's process is ended."""
+
+    async def start(self, name: str) -> MachineInfo:
+        """Run a created machine."""
+
+    async def pause(self, name: str) -> MachineInfo:
+        """Take a running machine's vCPUs out of the guest."""
+
+    async def resume(self, name: str) -> MachineInfo:
+        """Let a paused machine's vCPUs in again."""
+
+    async def stop(self, name: str) -> MachineInfo:
+        """Ask a running or paused machine to stop, and wait until it has."""
+
+    async def kill(self, name: str) -> MachineInfo:
+        """End a machine's process at once, whatever state it is in but stopped."""
+
+    async def wait(self, name: str, states: frozenset[MachineState]) -> MachineInfo:
+        """Wait until the machine is in one of the states. The caller sets the deadline."""
+
+    async def counters(self, name: str) -> Counters:
+        """Return what the machine did so far; of a stopped one, at its end."""
+
+    async def memory_map(self, name: str) -> Sequence[tuple[GpaRange, PageState]]:
+        """Return the state of all memory, as the fewest ranges, in order."""
+
+    async def read_memory(self, name: str, gpa: int, size_bytes: int) -> bytes:
+        """Return shared memory. Raises PrivateMemory where a page of it is private, ValueError outside memory."""
+
+    async def conversions(self, name: str, *, since: int, limit: int) -> Sequence[dict[str, object]]:
+        """Return the recent conversions with a sequence above ``since``, oldest first, at most ``limit``."""
+
+    def events(self, name: str | None, *, last_id: str | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """Stream what happens to one machine, or to all; from after ``last_id`` as far back as it is kept."""
+
+    def console(self, name: str) -> AbstractAsyncContextManager[Console]:
+        """Attach to a machine's console: what it printed lately comes first."""
+
+    def console_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Follow what a machine prints, from its beginning as far back as it is kept."""
