@@ -12,7 +12,8 @@ from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 
 MachineState = Literal["created", "running", "paused", "stopped"]
-"""``created``: a process with memory and vCPUs that has not run yet. ``stopped``: the process is gone, its end is kept."""
+"""``created``: a process with memory and vCPUs that has not run yet. ``stopped``: the process is gone, but
+not how it ended."""
 
 
 class MachineEnd(msgspec.Struct, frozen=True):
