@@ -1,7 +1,7 @@
 """The vCPUs: one worker thread each, blocked in KVM_RUN, and the trio task that looks after it.
 
 A thread serves port I/O and MMIO itself, hands memory faults and explicit requests to the conversion service, blocks
-for the answer, and enters the guest again. It never touches trio: the service's inbox and the gate are its two doors.
+for the answer, and enters the guest again. It never touches trio: the service's channel and the gate are its two doors.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ async def test_requests_that_wait_together_are_merged() -> None:
     threads = [threading.Thread(target=vcpu, args=(index,)) for index in range(4)]
     for thread in threads:
         thread.start()
-    # The service does not run yet, so all four requests are in its inbox before it looks.
+    # The service does not run yet, so all four requests are in its channel before it looks.
     await bench.until_requested(4)
     async with running(bench):
         for thread in threads:

@@ -56,7 +56,7 @@ async def test_pingpong_converts_each_page_twice_a_round_for_real_faults(run: Ru
 
 
 @pytest.mark.parametrize("tripwire", TRIPWIRES)
-@pytest.mark.parametrize("vcpus", [2, 4, 16])
+@pytest.mark.parametrize("vcpus", [1, 2, 4, 16])
 async def test_contend_never_shows_a_private_byte(run: Run, vcpus: int, tripwire: str) -> None:
     ran = await run("contend", 4, 24, vcpus=vcpus, tripwire=tripwire)
     assert (ran.stop.reason, ran.stop.status) == (StopReason.GUEST_EXIT, 0), ran.output
