@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import structlog
 import trio
 
+from kvmd.closing import Closing
 from kvmd.conversion.changes import ImplicitPolicy, Limits
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
@@ -38,7 +38,7 @@ _IMAGE_LIMIT = GIB
 """The largest image file that is read."""
 
 
-class Machine:
+class Machine(Closing):
     """One machine, opened but not yet run.
 
     Attributes:
@@ -177,14 +177,6 @@ class Machine:
             return
         self._service.dispose()
         self._hardware.resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     async def _count(self) -> None:
         """Count conversions now and then, not while a vCPU waits for its answer."""

@@ -15,18 +15,17 @@ import select
 import stat
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import trio
 
+from kvmd.closing import Closing
 from kvmd.errors import ConfigError
 
 _CHUNK = select.PIPE_BUF
 """Bytes of one write to a pipe, at most: such a write is atomic, so whole lines stay whole."""
 
 
-class NonBlockingWriter:
+class NonBlockingWriter(Closing):
     """A file that is written from the event loop: made by ``of_fd`` or ``of_path``.
 
     One task at a time writes; others queue, so that what one call of ``write`` was given stays together.
@@ -110,14 +109,6 @@ class NonBlockingWriter:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     async def _write(self, rest: memoryview) -> None:
         while rest:

@@ -11,30 +11,12 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kvmd import conversion_log
 from kvmd.console_pump import DRAIN_SECONDS
-from kvmd.conversion.messages import Cause, Outcome
-from kvmd.conversion.record import ConversionRecord
+from kvmd.conversion.messages import Outcome
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion_log import ConversionFileWriter, ConversionSampler, TokenBucket
 from kvmd.nonblocking import NonBlockingWriter
 from kvmd.ranges import PageState
-from kvmd.units import PAGE_SIZE
-
-RECORD = ConversionRecord(
-    sequence=0,
-    wall_ns=0,
-    monotonic_ns=0,
-    vcpu=0,
-    cause=Cause.IMPLICIT,
-    gpa=0x1000,
-    size_bytes=PAGE_SIZE,
-    came_from=PageState.PRIVATE,
-    to=PageState.SHARED,
-    outcome=Outcome.CONVERTED,
-    merged=1,
-    waiting_us=1.0,
-    applying_us=2.0,
-    discarding_us=3.0,
-)
+from tests.conversion.records import RECORD
 
 
 class Log:

@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("stop reasons", ("kvmd.stop",)),
     ("accelerator's language", ("kvmd.hv",)),
     ("ranges", ("kvmd.ranges",)),
-    ("ground", ("kvmd.units", "kvmd.errors")),
+    ("ground", ("kvmd.units", "kvmd.errors", "kvmd.closing")),
     ("version", ("kvmd",)),
 )
 """Top first. A module may import what is below it and what is in its own member of a layer: two members of one layer

@@ -3,6 +3,7 @@ import io
 import json
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import structlog
 
@@ -10,8 +11,10 @@ from kvmd import log
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.conversion.record import ConversionRecord
 from kvmd.ranges import PageState
+from tests.conversion import records
 
-RECORD = ConversionRecord(
+RECORD = msgspec.structs.replace(
+    records.RECORD,
     sequence=7,
     wall_ns=1_700_000_000_123_456_789,
     monotonic_ns=42_000_000_001,
@@ -19,9 +22,6 @@ RECORD = ConversionRecord(
     cause=Cause.EXPLICIT,
     gpa=0x20_0000,
     size_bytes=8192,
-    came_from=PageState.PRIVATE,
-    to=PageState.SHARED,
-    outcome=Outcome.CONVERTED,
     merged=2,
     waiting_us=10.00049,
     applying_us=200.5,

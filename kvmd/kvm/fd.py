@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from types import TracebackType
-from typing import Self
+
+from kvmd.closing import Closing
 
 
-class OwnedFd:
+class OwnedFd(Closing):
     """A file descriptor that is closed exactly once.
 
     Closing is idempotent. An object dropped without being closed closes its descriptor and warns with
@@ -51,17 +51,6 @@ class OwnedFd:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if self._fd >= 0:

@@ -7,9 +7,9 @@ import errno as errno_codes
 import grp
 import os
 import stat
-from types import TracebackType
 from typing import Self
 
+from kvmd.closing import Closing
 from kvmd.errors import BackendError, HostError, MissingCapability
 from kvmd.kvm.capability_table import VM_TYPE_NAMES, capability_name
 from kvmd.kvm.cpuid import CpuidEntry, empty_table, physical_address_bits, read_table, supports_gigabyte_pages
@@ -34,7 +34,7 @@ _CPUID_CAPACITY = 128
 _CPUID_CAPACITY_LIMIT = 4096
 
 
-class Kvm:
+class Kvm(Closing):
     """An open KVM device (Documentation/virt/kvm/api.rst, 4. API description, system ioctls).
 
     Make one with ``Kvm.open``.
@@ -153,17 +153,6 @@ class Kvm:
     def close(self) -> None:
         """Give up the device; harmless the second time. VMs live on without it."""
         self._fd.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _remedy(path: str, error: OSError) -> str:

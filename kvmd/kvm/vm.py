@@ -6,9 +6,9 @@ import ctypes
 import errno as errno_codes
 import os
 import struct
-from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn
 
+from kvmd.closing import Closing
 from kvmd.errors import BackendError, MissingCapability
 from kvmd.kvm.capability_table import capability_name
 from kvmd.kvm.fault_layout import FaultLayout
@@ -37,7 +37,7 @@ from kvmd.ranges import GpaRange
 _REGION = struct.Struct("=IIQQQQI")
 
 
-class Vm:
+class Vm(Closing):
     """A virtual machine (KVM_CREATE_VM), which lives until it and all of its vCPUs are closed.
 
     Changes of memslots and guest_memfds share one preallocated argument: they must be serialised by the
@@ -182,17 +182,6 @@ class Vm:
     def close(self) -> None:
         """Give up the VM; harmless the second time. Its memory goes when its last vCPU is closed too."""
         self._fd.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _fail(operation: str, capability: str | None = None) -> NoReturn:

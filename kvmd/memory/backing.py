@@ -5,16 +5,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from types import TracebackType
-from typing import Self
 
+from kvmd.closing import Closing
 from kvmd.errors import BackendError, HostError
 from kvmd.memory import libc
 from kvmd.ranges import GpaRange
 from kvmd.units import format_size
 
 
-class Backing:
+class Backing(Closing):
     """Host memory for ``[0, size_bytes)`` of guest-physical memory, filled as it is touched.
 
     Args:
@@ -89,14 +88,6 @@ class Backing:
             os.close(self._fd)
             self._fd = -1
             libc.unmap(self.address, self.size_bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check(self, gpa: int, size_bytes: int) -> None:
         # A wild address here would be a hole in kvmd itself, so it is worth two comparisons.

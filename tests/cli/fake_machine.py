@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from types import TracebackType
 from typing import ClassVar, Self
 
+import msgspec
 import trio
 
-from kvmd.conversion.messages import Cause, Outcome
-from kvmd.conversion.record import ConversionRecord
+from kvmd.closing import Closing
+from kvmd.conversion.messages import Outcome
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.stats import ConversionStats
 from kvmd.devices.console import ConsoleOutput
@@ -19,6 +19,7 @@ from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
 from kvmd.units import PAGE_SIZE
+from tests.conversion.records import RECORD
 
 PINNED_BYTES = 4 * PAGE_SIZE
 
@@ -27,7 +28,7 @@ Script = Callable[["FakeMachine"], Awaitable[Stop | None]]
 """What the guest does; None: it ends with status 0."""
 
 
-class FakeMachine:
+class FakeMachine(Closing):
     """A machine whose guest does what ``script`` says; make a class for each test with ``machine_class``."""
 
     script: ClassVar[Script]
@@ -52,19 +53,14 @@ class FakeMachine:
         return machine
 
     def convert(self, gpa: int, *, to: PageState = PageState.SHARED, outcome: Outcome = Outcome.CONVERTED) -> None:
-        record = ConversionRecord(
+        record = msgspec.structs.replace(
+            RECORD,
             sequence=self.records.appended + 1,
-            wall_ns=1_700_000_000_000_000_000,
             monotonic_ns=1_000_000_000 * (self.records.appended + 1),
-            vcpu=0,
-            cause=Cause.IMPLICIT,
             gpa=gpa,
-            size_bytes=PAGE_SIZE,
             came_from=to.opposite,
             to=to,
             outcome=outcome,
-            merged=1,
-            waiting_us=10.0,
             applying_us=200.0,
             discarding_us=30.0,
         )
@@ -99,14 +95,6 @@ class FakeMachine:
 
     def close(self) -> None:
         self.closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 async def does_nothing(_machine: FakeMachine) -> None:

@@ -7,23 +7,8 @@ from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.stats import HOTTEST_SHOWN, ConversionStats, RequestCount
 from kvmd.ranges import PageState
 from kvmd.units import MIB, PAGE_SIZE
+from tests.conversion.records import RECORD
 
-RECORD = ConversionRecord(
-    sequence=1,
-    wall_ns=0,
-    monotonic_ns=1_000_000_000,
-    vcpu=0,
-    cause=Cause.IMPLICIT,
-    gpa=0x5000,
-    size_bytes=PAGE_SIZE,
-    came_from=PageState.PRIVATE,
-    to=PageState.SHARED,
-    outcome=Outcome.CONVERTED,
-    merged=1,
-    waiting_us=10.0,
-    applying_us=100.0,
-    discarding_us=1.0,
-)
 SPURIOUS = msgspec.structs.replace(
     RECORD, outcome=Outcome.SPURIOUS, merged=0, waiting_us=20.0, applying_us=0.0, discarding_us=0.0
 )
