@@ -1,4 +1,4 @@
-"""Builds the machine below the conversion service: memory, VM and vCPUs, on the accelerator of this host."""
+"""Builds the machine below the conversion service on KVM: memory, VM and vCPUs."""
 
 from __future__ import annotations
 
@@ -68,6 +68,15 @@ class Hardware:
     resources: ExitStack
 
 
+def kvm_problem() -> str | None:
+    """Return why no machine can be made with this host's KVM, in one line; None where one can."""
+    try:
+        with Kvm.open() as kvm, kvm.create_vm():
+            return None
+    except (HostError, BackendError) as error:
+        return str(error)
+
+
 def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], AbstractContextManager[None]]) -> Hardware:
     """Build a machine on KVM.
 
@@ -104,7 +113,7 @@ def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], Abstra
                 arguments=spec.arguments,
             )
             _check_kernel_memory(spec.memory, choice)
-            memory = _Memory.of(spec, boot, choice, stack)
+            memory = MachineMemory.of(spec, boot, choice.protection, stack)
             protection = _protect(vm, memory, boot, choice, quiesce, stack)
             layout = choose_layout(memory_fault_info=vm.check_extension(uapi.KVM_CAP_MEMORY_FAULT_INFO) > 0)
             cpuid = kvm.supported_cpuid()
@@ -128,8 +137,8 @@ def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], Abstra
 
 
 @dataclass(frozen=True, slots=True)
-class _Memory:
-    """A machine's memory before anything of it is in a memslot.
+class MachineMemory:
+    """A machine's memory before any accelerator knows of it.
 
     Attributes:
         backings: host memory by side; private memory in a guest_memfd has none.
@@ -146,18 +155,19 @@ class _Memory:
     initial: PageState
 
     @classmethod
-    def of(cls, spec: MachineSpec, boot: BootLayout, choice: Choice, stack: ExitStack) -> _Memory:
+    def of(cls, spec: MachineSpec, boot: BootLayout, protection: str, stack: ExitStack) -> MachineMemory:
         """Map host memory and put the image into the side that it stays in."""
+        two_views = boot.c_bit is not None
         shared = stack.enter_context(Backing("shared", spec.memory))
         backings = {PageState.SHARED: shared}
-        if choice.tripwire is not None:
+        if two_views:
             backings[PageState.PRIVATE] = stack.enter_context(Backing("private", spec.memory))
         # A VM of type SW_PROTECTED has no way to put contents into private memory, so the image stays shared there.
-        pinned_state = PageState.PRIVATE if choice.tripwire is not None else PageState.SHARED
+        pinned_state = PageState.PRIVATE if two_views else PageState.SHARED
         for write in boot.writes:
             backings[pinned_state].write(write.gpa, bytes(write.data))
-        initial = PageState.SHARED if choice.protection == "none" else PageState(spec.initial)
-        pinned = GpaRange(0, spec.memory) if choice.protection == "none" else boot.pinned
+        initial = PageState.SHARED if protection == "none" else PageState(spec.initial)
+        pinned = GpaRange(0, spec.memory) if protection == "none" else boot.pinned
         state = PageStateMap(spec.memory, initial)
         if pinned_state is not initial:
             state.set(pinned, pinned_state, 0, explicit=False)
@@ -166,7 +176,7 @@ class _Memory:
 
 def _protect(
     vm: Vm,
-    memory: _Memory,
+    memory: MachineMemory,
     boot: BootLayout,
     choice: Choice,
     quiesce: Callable[[], AbstractContextManager[None]],

@@ -8,6 +8,7 @@ from typing import Self
 import structlog
 import trio
 
+from kvmd.accelerator import open_hardware
 from kvmd.closing import Closing
 from kvmd.conversion.changes import ImplicitPolicy, Limits
 from kvmd.conversion.ring import RecordRing
@@ -20,7 +21,7 @@ from kvmd.devices.ports import PortBus
 from kvmd.devices.uart16550 import Uart16550
 from kvmd.errors import ImageError, MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
-from kvmd.hardware import Hardware, open_kvm
+from kvmd.hardware import Hardware
 from kvmd.memory.accessor import HostAccessor
 from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
@@ -95,7 +96,7 @@ class Machine(Closing):
         image = parse_elf(_read_image(spec.image))
         parked = _Parked()
         gate = RunGate(parked.set)
-        hardware = open_kvm(spec, image, gate.quiesce)
+        hardware = open_hardware(spec, image, gate.quiesce)
         try:
             return cls(spec, hardware, gate, parked)
         except BaseException:

@@ -29,6 +29,7 @@ _FILE_LIMIT = 1 * MIB
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 _PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
 _NOT_BUILT_YET = frozenset({"snp", "tdx"})
+_ACCELERATORS = frozenset({"auto", "kvm", "software"})
 _TRIPWIRES = frozenset({"auto", "attribute", "guest_memfd", "hole"})
 _SIZES = frozenset({"memory", "conversion.chunk"})
 _U64_LIMIT = 1 << 64
@@ -41,6 +42,7 @@ _RIGHT = {
     "image": 'the path of an ELF file, relative to this file, or a built-in guest such as "builtin:hello"',
     "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
     "memory": 'a size in pages of 4 KiB, such as "64M"',
+    "accelerator": '"auto", "kvm" or "software"',
     "protection": '"emulated", "guest-memfd", "auto" or "none"',
     "tripwire": '"auto", "attribute", "guest_memfd" or "hole"',
     "initial": '"private" or "shared"',
@@ -91,6 +93,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         name: by default made of the image's file name.
         vcpus: how many, from 1.
         memory: bytes, a multiple of the page size.
+        accelerator: what runs the guest: ``kvm``, ``software`` (an emulator), or ``auto`` for KVM where it works.
         protection: ``emulated`` (two views of memory by an address bit), ``guest-memfd`` (one view, and private
             memory that the host cannot map), ``none``, or ``auto`` for the strongest that the host offers.
         tripwire: of ``emulated``, what makes the view that is not live trip: ``attribute``, ``guest_memfd``,
@@ -108,6 +111,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     name: str = ""
     vcpus: int = 1
     memory: int = 64 * MIB
+    accelerator: Literal["auto", "kvm", "software"] = "auto"
     protection: str = "emulated"
     tripwire: Literal["auto", "attribute", "guest_memfd", "hole"] = "auto"
     initial: Literal["private", "shared"] = "private"
@@ -130,6 +134,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise ConfigError(f'protection: "{self.protection}" is not built yet: expected ' + _RIGHT["protection"])
         _need("protection", self.protection, self.protection in _PROTECTIONS)
         # The type says so too, but a spec that a program makes has not been through msgspec.
+        _need("accelerator", self.accelerator, self.accelerator in _ACCELERATORS)
         _need("tripwire", self.tripwire, self.tripwire in _TRIPWIRES)
         _need("initial", self.initial, self.initial in {"private", "shared"})
         _need("cpl", self.cpl, self.cpl in {0, 3})

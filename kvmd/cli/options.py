@@ -40,6 +40,11 @@ def machine_options(command: _F) -> _F:
             click.option("--vcpus", type=int, metavar="N", help="Virtual CPUs.  [default: 1]"),
             click.option("--memory", callback=_size, metavar="SIZE", help="Guest memory, such as 64M.  [default: 64M]"),
             click.option(
+                "--accelerator",
+                type=click.Choice(["auto", "kvm", "software"]),
+                help="What runs the guest: KVM, or a CPU emulated in software.  [default: auto, KVM where it works]",
+            ),
+            click.option(
                 "--protection",
                 metavar="KIND",
                 help="Where private memory comes from: emulated, guest-memfd, none, or auto for the strongest that "

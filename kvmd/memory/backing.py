@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Callable
 
 from kvmd.closing import Closing
 from kvmd.errors import BackendError, HostError
 from kvmd.memory import libc
 from kvmd.ranges import GpaRange
-from kvmd.units import format_size
+from kvmd.units import format_size, page_ceil, page_floor
 
 
 class Backing(Closing):
@@ -20,12 +21,16 @@ class Backing(Closing):
         name: shown in /proc/PID/maps, such as ``private``.
         size_bytes: a multiple of the page.
 
+    Attributes:
+        on_write: called with the pages of each ``write``, after it: for an accelerator that has to be told.
+
     Raises:
         HostError: the host cannot map that much.
     """
 
     def __init__(self, name: str, size_bytes: int) -> None:
         self.name = name
+        self.on_write: Callable[[GpaRange], None] | None = None
         self.size_bytes = size_bytes
         self._fd = os.memfd_create(f"kvmd-{name}", os.MFD_CLOEXEC)
         try:
@@ -50,6 +55,8 @@ class Backing(Closing):
         """Copy ``data`` to ``gpa``, which the caller knows to lie within memory."""
         self._check(gpa, len(data))
         ctypes.memmove(self.address + gpa, data, len(data))
+        if self.on_write is not None and data:
+            self.on_write(GpaRange(page_floor(gpa), page_ceil(gpa + len(data))))
 
     def discard(self, range_: GpaRange) -> None:
         """Give the pages back to the host; they read as zeros from now on.

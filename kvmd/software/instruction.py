@@ -1,0 +1,66 @@
+"""The few instructions that the software CPU has to look at itself: bytes in, what they are out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LONGEST = 15
+"""Bytes of the longest instruction."""
+
+_REP = frozenset({0xF2, 0xF3})
+_ADDRESS_SIZE = 0x67
+_PREFIXES = frozenset({0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, _ADDRESS_SIZE, 0xF0, *_REP, *range(0x40, 0x50)})
+_STRING_IO = frozenset({0x6C, 0x6D, 0x6E, 0x6F})
+
+_VMCALL, _VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
+_TWO_BYTE = 0x0F
+_FENCES_AND_STATE = 0xAE  # XSAVE, FSGSBASE and others without CR4's leave are #UD; CLFLUSHOPT and CLWB are not
+_KINDS_OF_EXTENSIONS = frozenset({0x01, 0x0D, 0x38, 0x3A, 0xC7, 0x1E, 0x09})
+
+
+@dataclass(frozen=True, slots=True)
+class StringIo:
+    """An INS or OUTS.
+
+    Attributes:
+        repeated: it has a REP prefix, and so counts RCX down.
+        narrow: its addresses and its count are of 32 bits.
+    """
+
+    repeated: bool
+    narrow: bool
+
+
+def string_io(code: bytes) -> StringIo | None:
+    """Return what the instruction is if it is INS or OUTS, else None."""
+    prefixes, rest = _split(code)
+    if not rest or rest[0] not in _STRING_IO:
+        return None
+    return StringIo(repeated=bool(_REP & set(prefixes)), narrow=_ADDRESS_SIZE in prefixes)
+
+
+def hypercall_length(code: bytes) -> int:
+    """Return the length of a VMCALL or VMMCALL in bytes, or 0 for any other instruction."""
+    return len(_VMCALL) if code[:3] in (_VMCALL, _VMMCALL) else 0
+
+
+def may_be_an_extension(code: bytes) -> bool:
+    """Tell whether an instruction that the emulator does not know may be one that other processors have.
+
+    What is left is undefined on all of them (UD2 and its like), or undefined as kvmd sets processors up, without
+    CR4.OSXSAVE: all of AVX (AMD64 APM volume 3, 1.8.1).
+    """
+    _, rest = _split(code)
+    if len(rest) < 2 or rest[0] != _TWO_BYTE:  # noqa: PLR2004 - opcode and what follows
+        return False
+    if rest[1] == _FENCES_AND_STATE:
+        return len(rest) > 2 and rest[2] >> 3 & 7 in {6, 7}  # noqa: PLR2004 - ModRM
+    return rest[1] in _KINDS_OF_EXTENSIONS
+
+
+def _split(code: bytes) -> tuple[bytes, bytes]:
+    """Return the prefixes and the rest."""
+    count = 0
+    while count < len(code) and code[count] in _PREFIXES:
+        count += 1
+    return code[:count], code[count:]
