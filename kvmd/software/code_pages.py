@@ -49,10 +49,14 @@ class CodePages:
         """Tell whether a page of ``[first, end)`` was executed."""
         return bool(_within(self._executed, first, end))
 
-    def forget(self, first: int, end: int) -> None:
-        """Note that the pages ``[first, end)`` got other contents, from outside or since a conversion emptied them."""
+    def overwrite(self, first: int, end: int) -> None:
+        """Note that the pages ``[first, end)`` were written from outside; vCPUs may do with them what they might."""
         if self.holds_code(first, end):
             self.generation += 1
+
+    def forget(self, first: int, end: int) -> None:
+        """Note that the pages ``[first, end)`` are empty now, and that every vCPU will ask for them anew."""
+        self.overwrite(first, end)
         for pages in (self._written, self._executed, self.mixed):
             pages -= _within(pages, first, end)
 

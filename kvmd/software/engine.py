@@ -4,8 +4,8 @@ Facts of Unicorn 2.1 that this relies on, each with a test in tests/software:
 
 - UC_TLB_VIRTUAL: each page that its TLB misses is asked for (UC_HOOK_TLB_FILL). A refused one ends the run with the
   instruction not begun, so that it can be tried again.
-- After a flush of the TLB the first instruction of a run is asked for too. ``uc_emu_stop`` before ``uc_emu_start`` is
-  forgotten, so that question is where a kick that came too early is found.
+- ``uc_emu_stop`` from another thread may stop an instruction half way, and is forgotten where it comes before the run:
+  see ``kvmd.software.attention`` for what is done instead.
 - ``uc_emu_stop`` within a hook ends the run at some later block, not after the instruction. What ends it there is a
   breakpoint of the processor's own: DR7 watches a port, which the hook of IN and OUT puts into DR0.
 - Exceptions are never delivered to the guest: UC_HOOK_INTR is told their number.
@@ -13,15 +13,18 @@ Facts of Unicorn 2.1 that this relies on, each with a test in tests/software:
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 from unicorn import Uc, UcError
 from unicorn import unicorn_const as uc
 from unicorn import x86_const as x86
+from unicorn.unicorn_py3 import unicorn as binding
 
 from kvmd.errors import HostError
 from kvmd.hv.vcpu import Registers
+from kvmd.software.attention import Attention
 from kvmd.units import MIB, PAGE_SIZE
 
 _T = TypeVar("_T")
@@ -99,18 +102,22 @@ class Events(Protocol):
 
 
 class Engine:
-    """An emulator. All methods but ``stop`` belong to the thread that runs it.
+    """An emulator. Everything but ``attention`` belongs to the thread that runs it.
 
     Args:
         regions: the gpa and the host address of memory.
         size_bytes: of each region.
         events: asked and told.
 
+    Attributes:
+        attention: how other threads get it to stop.
+
     Raises:
         HostError: the emulator cannot be had.
     """
 
     def __init__(self, regions: Iterable[tuple[int, int]], size_bytes: int, events: Events) -> None:
+        self.attention = Attention()
         self._events = events
         self._setting_up = False
         self._problem: BaseException | None = None
@@ -142,10 +149,6 @@ class Engine:
             problem, self._problem = self._problem, None
             raise problem
         return found
-
-    def stop(self) -> None:
-        """End the run that goes on, if one does. From any thread; never blocks."""
-        self._uc.emu_stop()
 
     def forget_pages(self) -> None:
         """Ask for every page anew."""
@@ -223,6 +226,7 @@ class Engine:
     # --- hooks: Unicorn's binding would lose what they raise, or raise it much later
 
     def _hook(self) -> None:
+        self._hook_blocks()
         add = self._uc.hook_add
         add(uc.UC_HOOK_TLB_FILL, self._on_fill)
         add(uc.UC_HOOK_INTR, self._on_exception)
@@ -232,6 +236,21 @@ class Engine:
         add(uc.UC_HOOK_INSN, self._on_system_call, None, 1, 0, x86.UC_X86_INS_SYSCALL)
         add(uc.UC_HOOK_INSN, self._on_system_call, None, 1, 0, x86.UC_X86_INS_SYSENTER)
         add(uc.UC_HOOK_INSN, self._on_cpuid, None, 1, 0, x86.UC_X86_INS_CPUID)
+
+    def _hook_blocks(self) -> None:
+        # Past the binding, which knows hooks in Python only. Begin above end: everywhere.
+        attention = self.attention
+        error = binding.uclib.uc_hook_add(
+            self._uc._uch,  # noqa: SLF001 - the handle has no other name
+            ctypes.byref(ctypes.c_size_t()),
+            uc.UC_HOOK_BLOCK,
+            ctypes.c_void_p(attention.hook_address),
+            ctypes.c_void_p(attention.data_address),
+            ctypes.c_uint64(1),
+            ctypes.c_uint64(0),
+        )
+        if error != uc.UC_ERR_OK:
+            raise UcError(error)
 
     def _on_fill(self, _uc: object, address: int, access: int, entry: Any, _data: object) -> bool:
         if self._setting_up:

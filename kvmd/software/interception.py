@@ -17,8 +17,6 @@ from kvmd.units import PAGE_SIZE
 class Ended(enum.Enum):
     """Why a run ended, where that is no exit."""
 
-    LEFT = "left"
-    """It was asked to leave, and had not yet begun."""
     STEPPED = "stepped"
     """The one instruction that it was to run is done."""
     SYSTEM_CALL = "system-call"
@@ -33,17 +31,13 @@ class Interception:
 
     Attributes:
         ended: why the last run ended, as far as this was told.
-        exit_requested: somebody wants the vCPU out.
-        preempted: somebody else waits for the turn.
         port_at: where the instruction is whose port access ended the run.
-        code: the virtual addresses of pages that the run executed, and their gpas.
+        code: the virtual addresses of pages that were executed since the pages were forgotten, and their gpas.
         mmio: the instruction that is being completed.
     """
 
     def __init__(self, index: int, memory: GuestMemory) -> None:
         self.ended: PortIo | Mmio | MemoryFault | EmulationFailure | Shutdown | Ended | None = None
-        self.exit_requested = False
-        self.preempted = False
         self.port_at = 0
         self.code: dict[int, int] = {}
         self.mmio = MmioAccesses()
@@ -66,10 +60,9 @@ class Interception:
         """Forget the last run.
 
         Args:
-            stepping: the next one is of one instruction, and not to be interrupted before.
+            stepping: the next one is of one instruction.
         """
         self.ended = None
-        self.code.clear()
         self._stepping = stepping
         self._spare.clear()
         if stepping:
@@ -87,9 +80,6 @@ class Interception:
 
     def fill(self, address: int, access: int) -> tuple[int, int] | None:
         """Return the page at a virtual address, or None to end the run."""
-        if (self.exit_requested or self.preempted) and not self._stepping:
-            self.ended = Ended.LEFT
-            return None
         kind = Access(access)
         gpa = self.translate(address, kind)
         if gpa is None:

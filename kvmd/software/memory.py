@@ -27,6 +27,7 @@ class GuestMemory:
 
     Attributes:
         code: the pages that hold code.
+        generation: grows whenever views change: every vCPU then has to ask for its pages anew.
         size_bytes: as given.
     """
 
@@ -35,6 +36,7 @@ class GuestMemory:
     ) -> None:
         self.size_bytes = size_bytes
         self.code = CodePages()
+        self.generation = 0
         self._addresses = dict(addresses)
         self._c_mask = 0 if c_bit is None else 1 << c_bit
         self._initial = initial
@@ -72,12 +74,13 @@ class GuestMemory:
         """Make the view of all pages of the range live, and forget what code either held."""
         first, end = range_.start >> _PAGE_SHIFT, range_.end >> _PAGE_SHIFT
         self._moved[first:end] = (b"\0" if view is self._initial else b"\1") * (end - first)
+        self.generation += 1
         for side in self._addresses:
-            self.forget_code(range_, side)
+            self.code.forget(*self._pages(range_, side))
 
-    def forget_code(self, range_: GpaRange, view: PageState) -> None:
-        """Note that the pages of the range have other contents in a view."""
-        self.code.forget(*self._pages(range_, view))
+    def overwrite_code(self, range_: GpaRange, view: PageState) -> None:
+        """Note that the host wrote to pages of the range in a view."""
+        self.code.overwrite(*self._pages(range_, view))
 
     def holds_code(self, range_: GpaRange, view: PageState) -> bool:
         """Tell whether a page of the range was executed in a view."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from kvmd.hv.exits import Exit, Halted, Hypercall, Interrupted, MemoryFault, Mmio, PortIo, Shutdown, UnexpectedExit
 from kvmd.hv.vcpu import Registers
+from kvmd.software.attention import Attention
 from kvmd.software.engine import INVALID_INSTRUCTION, OK, RFLAGS_TF, Engine
 from kvmd.software.instruction import LONGEST, hypercall_length, may_be_an_extension, string_io
 from kvmd.software.interception import Ended, Interception
@@ -50,11 +51,10 @@ class SoftwareVcpu:
         self._events = Interception(index, memory)
         self._emulator: Engine | None = Engine(memory.regions, memory.size_bytes, self._events)
         self._events.attach(self._emulator)
-        # exit_requested and the stop of the emulator change together: a stop that came after the request was forgotten
-        # would end a run for no reason that anybody knows.
+        self._attention = self._emulator.attention
         self._lock = threading.Lock()
         self._thread: int | None = None
-        self._generation = -1
+        self._generation = self._code_generation = 0
         self._read: PortIo | Mmio | Hypercall | None = None
         self._string_at: int | None = None
         self._store: tuple[int, bytes] | None = None
@@ -101,14 +101,11 @@ class SoftwareVcpu:
             ValueError: the vCPU is closed.
         """
         engine = self._engine
-        events = self._events
-        events.mmio.settle()
+        self._events.mmio.settle()
         self._read = None
         while True:
-            if events.exit_requested and not self._is_completing:
+            if not self._turns.acquire(self, self._is_wanted_out):
                 return _INTERRUPTED
-            if not self._turns.acquire(self, lambda: events.exit_requested and not self._is_completing):
-                continue
             try:
                 exit_ = self._take_turn(engine)
             finally:
@@ -118,28 +115,20 @@ class SoftwareVcpu:
 
     def request_exit(self) -> None:
         """Make the current or the next ``run`` return ``Interrupted``. From any thread."""
-        with self._lock:
-            if self._emulator is None:
-                return
-            # First: a stop that comes before the run is forgotten, but then the run's first question finds the flag.
-            self._events.exit_requested = True
-            self._emulator.stop()
+        self._attention.want(Attention.EXIT)
         self._turns.wake(self)
 
     def clear_exit_request(self) -> None:
         """Forget exit requests up to now: called after ``run``, before looking at commands."""
-        with self._lock:
-            self._events.exit_requested = False
+        self._attention.forget(Attention.EXIT)
 
     def preempt(self) -> None:
         """End the turn soon, since others wait."""
-        self._events.preempted = True
-        if self._emulator is not None:
-            self._emulator.stop()
+        self._attention.want(Attention.TURN)
 
     def begin_turn(self) -> None:
         """Forget what was asked for in an earlier turn."""
-        self._events.preempted = False
+        self._attention.forget(Attention.TURN)
 
     def complete_read(self, data: bytes) -> None:
         """Give the data that the pending ``PortIo`` or ``Mmio`` load reads.
@@ -216,19 +205,21 @@ class SoftwareVcpu:
             raise ValueError(f"vCPU {self._index} is used after it was closed")
         return self._emulator
 
-    @property
-    def _is_completing(self) -> bool:
-        """Whether the last exit's instruction is not finished yet."""
-        return self._store is not None or self._events.mmio.is_open
+    def _is_wanted_out(self) -> bool:
+        """Whether an exit was requested, and the last exit's instruction is finished."""
+        completing = self._store is not None or self._events.mmio.is_open
+        return self._attention.is_wanted(Attention.EXIT) and not completing
 
     def _take_turn(self, engine: Engine) -> Exit | None:
         """Run until the guest leaves, and return why; None where the turn ended first."""
-        code = self._memory.code
-        if code.generation != self._generation or (code.mixed and self._turns.last is not self):
-            self._generation = code.generation
+        memory = self._memory
+        code = memory.code
+        if code.generation != self._code_generation or (code.mixed and self._turns.last is not self):
+            self._code_generation = code.generation
             engine.forget_code()
-        # Always: memory may have changed hands since, and a kick is found by the question for the first page.
-        engine.forget_pages()
+        if memory.generation != self._generation:
+            self._generation = memory.generation
+            self._forget_pages(engine)
         if self._store is not None:
             fault = self._finish_string(*self._store)
             if fault is not None:
@@ -240,12 +231,14 @@ class SoftwareVcpu:
         self._events.begin()
         return self._why(engine, engine.run(engine.rip))
 
+    def _forget_pages(self, engine: Engine) -> None:
+        engine.forget_pages()
+        self._events.code.clear()
+
     def _why(self, engine: Engine, error: int) -> Exit | None:
         """Return why the run ended; None where it was asked to."""
         ended = self._events.ended
         match ended:
-            case Ended.LEFT:
-                return None
             case Ended.SYSTEM_CALL:
                 return self._on_system_call()
             case PortIo():
@@ -268,10 +261,10 @@ class SoftwareVcpu:
             return self._on_undefined(engine, rip)
         if error != OK:
             return self._cannot(rip, f"the emulator failed with error {error}")
+        if self._attention.take_stopped():
+            return None
         if engine.cpl() == 0 and self._code(rip - 1)[:1] == bytes([_HLT]):
             return Halted()
-        if self._events.exit_requested or self._events.preempted:
-            return None
         return self._cannot(rip, "the emulator stopped for no known reason")
 
     # --- what the emulator leaves to kvmd
@@ -308,7 +301,7 @@ class SoftwareVcpu:
             address, data = address + room & _U64, data[room:]
         for gpa, part in parts:
             self._memory.write(gpa, part)
-            self._memory.code.forget(page_of(gpa), page_of(gpa) + 1)
+            self._memory.code.overwrite(page_of(gpa), page_of(gpa) + 1)
         self._store = None
         return None
 
@@ -318,12 +311,14 @@ class SoftwareVcpu:
         registers = engine.registers()
         engine.set_registers(replace(registers, rflags=registers.rflags | RFLAGS_TF))
         events.begin(stepping=True)
+        # Its answers are in pages that nothing else may see, and it is to be finished whoever waits.
+        self._forget_pages(engine)
+        self._attention.be_deaf(True)
         error = engine.run(registers.rip)
+        self._attention.be_deaf(False)
         after = engine.registers()
         engine.set_registers(replace(after, rflags=after.rflags & ~RFLAGS_TF | registers.rflags & RFLAGS_TF))
-        engine.forget_pages()
-        if events.ended is None and error == OK:
-            return None  # interrupted: it is begun again in the next turn
+        self._forget_pages(engine)
         if not isinstance(events.ended, Mmio | MemoryFault):
             events.mmio.clear()
         return Ended.STEPPED if events.ended is Ended.STEPPED else self._why(engine, error)

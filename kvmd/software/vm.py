@@ -43,7 +43,7 @@ class SoftwareVm:
         # Looked at after the bytes were written: what is translated from now on is translated from them.
         if self._memory.holds_code(range_, view):
             with self._turns.nobody():
-                self._memory.forget_code(range_, view)
+                self._memory.overwrite_code(range_, view)
 
     def close(self) -> None:
         """Give up what the host holds; harmless the second time."""
