@@ -46,7 +46,7 @@ bench: $(READY) ## Measure, as ratios in one run
 lock: ## Pin all dependencies again
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/pip install --quiet --disable-pip-version-check pip-tools
-	cd requirements && ../$(VENV)-lock/bin/pip-compile --quiet --extra dev --generate-hashes --allow-unsafe \
+	cd requirements && ../$(VENV)-lock/bin/pip-compile --quiet --extra dev --extra all --generate-hashes --allow-unsafe \
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --strip-extras \
 	  --output-file dev.txt ../pyproject.toml
 	cd requirements && ../$(VENV)-lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe \

@@ -90,7 +90,8 @@ def _check(spec: MachineSpec, why: str) -> None:
     if spec.protection == "guest-memfd":
         raise MissingCapability(
             "KVM_CAP_GUEST_MEMFD",
-            f"protection guest-memfd needs KVM, and this is the software CPU{because}: use protection emulated, or auto",
+            f"protection guest-memfd needs KVM, and this is the software CPU{because}: use protection emulated, "
+            "or auto",
         )
     if spec.tripwire != "auto":
         raise HostError(

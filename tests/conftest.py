@@ -17,7 +17,12 @@ from tests.leaks import Belongings, open_fds
 settings.register_profile("kvmd", deadline=None)
 settings.load_profile("kvmd")
 
-_MARKED = {"kvm": Facility.KVM, "private_memory": Facility.PRIVATE_MEMORY, "compiler": Facility.COMPILER}
+_MARKED = {
+    "kvm": Facility.KVM,
+    "private_memory": Facility.PRIVATE_MEMORY,
+    "compiler": Facility.COMPILER,
+    "software": Facility.SOFTWARE,
+}
 
 
 @pytest.fixture(autouse=True)

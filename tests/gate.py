@@ -24,6 +24,7 @@ from kvmd.errors import HostError
 from kvmd.kvm.needs import GUEST_MEMFD, SOFTWARE_PROTECTED_VM, first_lacking
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.uapi import KVM_X86_SW_PROTECTED_VM
+from kvmd.software.availability import missing_emulator
 
 
 class Facility(enum.Enum):
@@ -32,6 +33,7 @@ class Facility(enum.Enum):
     KVM = "KVMD_TEST_KVM"
     PRIVATE_MEMORY = "KVMD_TEST_PRIVATE_MEMORY"
     COMPILER = "KVMD_TEST_COMPILER"
+    SOFTWARE = "KVMD_TEST_SOFTWARE"
 
 
 class Gate(enum.Enum):
@@ -127,4 +129,5 @@ _MISSING = {
     Facility.KVM: missing_kvm,
     Facility.PRIVATE_MEMORY: missing_private_memory,
     Facility.COMPILER: missing_compiler,
+    Facility.SOFTWARE: missing_emulator,
 }

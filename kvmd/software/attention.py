@@ -11,14 +11,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from unicorn.unicorn_py3 import unicorn as binding
 
 from kvmd.errors import HostError
 
-_WANTED_BYTES = 3
-"""Bytes from 0: anything set here stops the emulator, unless it is deaf."""
-
+# Bytes 0 to 2: anything set there stops the emulator, unless it is deaf.
 _DEAF = 3
 _STOPPED = 4
 _SIZE_BYTES = 8
@@ -37,7 +37,7 @@ _JUMP = bytes.fromhex("ffe0")  # jmp rax: uc is still in rdi
 
 
 class Attention:
-    """What one emulator has to look at. Its bytes are written by any thread; each has one meaning and one writer's side.
+    """What one emulator has to look at, in bytes that any thread may write.
 
     Raises:
         HostError: the host's processor has another machine language, or its kernel lets no code be made.
@@ -82,9 +82,14 @@ class Attention:
         """Tell whether the emulator is to stop."""
         return bool(self._bytes[what])
 
-    def be_deaf(self, deaf: bool) -> None:  # noqa: FBT001 - that is what it sets
-        """Let the emulator run on whatever is wanted, or not any more."""
-        self._bytes[_DEAF] = deaf
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Let the emulator run on meanwhile, whatever is wanted."""
+        self._bytes[_DEAF] = 1
+        try:
+            yield
+        finally:
+            self._bytes[_DEAF] = 0
 
     def take_stopped(self) -> bool:
         """Tell whether the emulator was stopped since this was asked last."""

@@ -58,7 +58,7 @@ class CodePages:
         """Note that the pages ``[first, end)`` are empty now, and that every vCPU will ask for them anew."""
         self.overwrite(first, end)
         for pages in (self._written, self._executed, self.mixed):
-            pages -= _within(pages, first, end)
+            pages.difference_update(_within(pages, first, end))
 
 
 def _within(pages: set[int], first: int, end: int) -> set[int]:

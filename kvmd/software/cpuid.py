@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from unicorn import Uc
 from unicorn import unicorn_const as uc
 from unicorn import x86_const as x86
+from unicorn.unicorn_py3 import Uc
 
 from kvmd.units import PAGE_SIZE
 
@@ -82,5 +82,3 @@ def _ask(emulator: Uc, leaf: int, subleaf: int) -> Answer:
     names = (x86.UC_X86_REG_EAX, x86.UC_X86_REG_EBX, x86.UC_X86_REG_ECX, x86.UC_X86_REG_EDX)
     eax, ebx, ecx, edx = (int(value) for value in emulator.reg_read_batch(names))
     return eax, ebx, ecx, edx
-
-

@@ -17,9 +17,9 @@ import ctypes
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
-from unicorn import Uc, UcError
 from unicorn import unicorn_const as uc
 from unicorn import x86_const as x86
+from unicorn.unicorn_py3 import Uc, UcError
 from unicorn.unicorn_py3 import unicorn as binding
 
 from kvmd.errors import HostError
@@ -119,14 +119,15 @@ class Engine:
     def __init__(self, regions: Iterable[tuple[int, int]], size_bytes: int, events: Events) -> None:
         self.attention = Attention()
         self._events = events
+        self._watched: set[int] = set()
         self._setting_up = False
         self._problem: BaseException | None = None
         try:
             self._uc = Uc(uc.UC_ARCH_X86, uc.UC_MODE_64)
             self._uc.ctl_set_tcg_buffer_size(_TRANSLATIONS_BYTES)
             self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
-            # No address ends a run: 0 is one like any other.
-            self._uc.ctl_exits_enabled(True)
+            # No address ends a run but those in ``watch``: 0 is one like any other.
+            self._uc.ctl_exits_enabled(True)  # noqa: FBT003 - Unicorn's way
             self._uc.ctl_set_exits([])
             for gpa, address in regions:
                 self._uc.mem_map_ptr(gpa, size_bytes, uc.UC_PROT_ALL, address)
@@ -158,6 +159,23 @@ class Engine:
         """Translate all code anew."""
         self._uc.ctl_flush_tb()
 
+    def watch(self, addresses: Iterable[int]) -> None:
+        """End every run that reaches one of these virtual addresses, too. In a hook or between runs."""
+        before = len(self._watched)
+        self._watched.update(addresses)
+        if len(self._watched) != before:
+            self._uc.ctl_set_exits(list(self._watched))
+
+    def unwatch(self, address: int) -> None:
+        """Take back ``watch`` for one address. Between runs."""
+        self._watched.discard(address)
+        self._uc.ctl_set_exits(list(self._watched))
+        self.forget_code()
+
+    def is_watched(self, address: int) -> bool:
+        """Tell whether ``watch`` was told of a virtual address."""
+        return address in self._watched
+
     # --- registers
 
     def set_long_mode(self, *, cr3: int, cpl: int) -> None:
@@ -167,8 +185,8 @@ class Engine:
             HostError: the emulator did not do it.
         """
         emulator = self._uc
-        emulator.msr_write(_MSR_EFER, _EFER)
-        emulator.msr_write(_MSR_STAR, _STAR)
+        emulator.reg_write(x86.UC_X86_REG_MSR, (_MSR_EFER, _EFER))
+        emulator.reg_write(x86.UC_X86_REG_MSR, (_MSR_STAR, _STAR))
         emulator.reg_write(x86.UC_X86_REG_CR4, _CR4)
         emulator.reg_write(x86.UC_X86_REG_CR0, _CR0)
         emulator.reg_write(x86.UC_X86_REG_CR3, cr3)

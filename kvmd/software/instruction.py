@@ -13,9 +13,10 @@ _PREFIXES = frozenset({0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, _ADDRESS_SIZE, 
 _STRING_IO = frozenset({0x6C, 0x6D, 0x6E, 0x6F})
 
 _VMCALL, _VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
-_TWO_BYTE = 0x0F
-_FENCES_AND_STATE = 0xAE  # XSAVE, FSGSBASE and others without CR4's leave are #UD; CLFLUSHOPT and CLWB are not
-_KINDS_OF_EXTENSIONS = frozenset({0x01, 0x0D, 0x38, 0x3A, 0xC7, 0x1E, 0x09})
+_TWO_BYTE = b"\x0f"
+_VECTOR_PREFIXES = (b"\xc4", b"\xc5", b"\x62")  # AVX and AVX-512
+_KINDS_OF_EXTENSIONS = tuple(bytes([opcode]) for opcode in (0x01, 0x09, 0x0D, 0x1E, 0x38, 0x3A, 0xAE, 0xC7))
+"""Second bytes of opcodes that processors have got new instructions in, again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,12 @@ def hypercall_length(code: bytes) -> int:
 def may_be_an_extension(code: bytes) -> bool:
     """Tell whether an instruction that the emulator does not know may be one that other processors have.
 
-    What is left is undefined on all of them (UD2 and its like), or undefined as kvmd sets processors up, without
-    CR4.OSXSAVE: all of AVX (AMD64 APM volume 3, 1.8.1).
+    What is left is undefined on all of them: UD2 and its like, and opcodes that 64-bit mode does not have.
     """
     _, rest = _split(code)
-    if len(rest) < 2 or rest[0] != _TWO_BYTE:  # noqa: PLR2004 - opcode and what follows
-        return False
-    if rest[1] == _FENCES_AND_STATE:
-        return len(rest) > 2 and rest[2] >> 3 & 7 in {6, 7}  # noqa: PLR2004 - ModRM
-    return rest[1] in _KINDS_OF_EXTENSIONS
+    if rest[:1] in _VECTOR_PREFIXES:
+        return True
+    return rest[:1] == _TWO_BYTE and rest[1:2] in _KINDS_OF_EXTENSIONS
 
 
 def _split(code: bytes) -> tuple[bytes, bytes]:

@@ -11,6 +11,7 @@ from kvmd.software.engine import DEBUG_EXCEPTION, READ_UNMAPPED, SPARE_GPA, Engi
 from kvmd.software.memory import GuestMemory, page_of, page_start
 from kvmd.software.mmio import MmioAccesses
 from kvmd.software.page_walk import Access, walk
+from kvmd.software.vector_code import BEYOND, vector_instructions
 from kvmd.units import PAGE_SIZE
 
 
@@ -93,6 +94,7 @@ class Interception:
             return None
         if kind is Access.FETCH:
             self.code[page_start(address)] = gpa
+            self._look_at(page_start(address), gpa)
         return gpa, memory.code.touch(page_of(gpa), kind)
 
     def on_in(self, port: int, size: int) -> None:
@@ -124,6 +126,14 @@ class Interception:
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         """Answer for this vCPU."""
         return cpuid(self._index, leaf, subleaf)
+
+    def _look_at(self, start: int, gpa: int) -> None:
+        """Before a page of code is translated: find what the emulator would get wrong."""
+        contents = self._memory.read(gpa, PAGE_SIZE) or b""
+        following = self.translate(start + PAGE_SIZE)
+        if following is not None:
+            contents += self._memory.read(following, BEYOND) or b""
+        self._engine.watch(start + offset for offset in vector_instructions(contents, PAGE_SIZE))
 
     def _outside(self, gpa: int, access: Access) -> tuple[int, int] | None:
         """Let the emulator find nothing at an address that nothing backs, unless its instruction is being completed."""

@@ -15,6 +15,7 @@ from kvmd.software.interception import Ended, Interception
 from kvmd.software.memory import GuestMemory, page_of, page_start
 from kvmd.software.page_walk import Access
 from kvmd.software.turns import Turns
+from kvmd.software.vector_code import vector_instructions
 from kvmd.units import PAGE_MASK, PAGE_SIZE
 
 _INTERRUPTED = Interrupted()
@@ -238,21 +239,14 @@ class SoftwareVcpu:
     def _why(self, engine: Engine, error: int) -> Exit | None:
         """Return why the run ended; None where it was asked to."""
         ended = self._events.ended
-        match ended:
-            case Ended.SYSTEM_CALL:
-                return self._on_system_call()
-            case PortIo():
-                return self._on_port(engine, ended)
-            case Mmio():
-                self._events.mmio.tell(ended, engine.rip)
-                self._read = None if ended.is_write else ended
-                return ended
-            case None:
-                return self._untold(engine, error)
-            case Ended.STEPPED:
-                return None
-            case _:
-                return ended
+        if ended is None or isinstance(ended, Ended):
+            return self._on_system_call() if ended is Ended.SYSTEM_CALL else self._untold(engine, error)
+        if isinstance(ended, PortIo):
+            return self._on_port(engine, ended)
+        if isinstance(ended, Mmio):
+            self._events.mmio.tell(ended, engine.rip)
+            self._read = None if ended.is_write else ended
+        return ended
 
     def _untold(self, engine: Engine, error: int) -> Exit | None:
         """The run ended, and no hook was told why."""
@@ -261,7 +255,13 @@ class SoftwareVcpu:
             return self._on_undefined(engine, rip)
         if error != OK:
             return self._cannot(rip, f"the emulator failed with error {error}")
-        if self._attention.take_stopped():
+        stopped = self._attention.take_stopped()
+        if engine.is_watched(rip):
+            if any(True for _ in vector_instructions(self._code(rip), 1)):
+                return self._cannot(rip, "the software CPU does not know it")
+            engine.unwatch(rip)  # what was there has been written over
+            return None
+        if stopped:
             return None
         if engine.cpl() == 0 and self._code(rip - 1)[:1] == bytes([_HLT]):
             return Halted()
@@ -313,9 +313,8 @@ class SoftwareVcpu:
         events.begin(stepping=True)
         # Its answers are in pages that nothing else may see, and it is to be finished whoever waits.
         self._forget_pages(engine)
-        self._attention.be_deaf(True)
-        error = engine.run(registers.rip)
-        self._attention.be_deaf(False)
+        with self._attention.deaf():
+            error = engine.run(registers.rip)
         after = engine.registers()
         engine.set_registers(replace(after, rflags=after.rflags & ~RFLAGS_TF | registers.rflags & RFLAGS_TF))
         self._forget_pages(engine)
