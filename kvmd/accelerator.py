@@ -28,5 +28,5 @@ def open_hardware(
     if spec.accelerator == "software":
         return open_software(spec, image)
     if spec.accelerator == "auto" and (problem := kvm_problem()) is not None:
-        return open_software(spec, image, f"auto: not on KVM: {problem}")
+        return open_software(spec, image, problem)
     return open_kvm(spec, image, quiesce)

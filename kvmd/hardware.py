@@ -11,6 +11,7 @@ from kvmd.errors import BackendError, ConfigError, HostError, MissingCapability
 from kvmd.host_choice import Choice, create_vm
 from kvmd.hv.vcpu import Vcpu
 from kvmd.kvm import uapi
+from kvmd.kvm.capability_table import CAPABILITIES, Scope
 from kvmd.kvm.fault_layout import choose_layout
 from kvmd.kvm.guest_memfd import GuestMemfd
 from kvmd.kvm.system import Kvm
@@ -55,6 +56,7 @@ class Hardware:
         lock: the memory lock: held while memory changes hands, and by whoever reads ``state`` on another thread.
         facts: what the machine's first log line says.
         resources: closes all of it, in the right order.
+        not_on_kvm: why not on KVM, where the operator left the choice to kvmd.
     """
 
     vcpus: list[Vcpu]
@@ -66,12 +68,17 @@ class Hardware:
     lock: threading.Lock
     facts: dict[str, object]
     resources: ExitStack
+    not_on_kvm: str = ""
 
 
 def kvm_problem() -> str | None:
     """Return why no machine can be made with this host's KVM, in one line; None where one can."""
     try:
-        with Kvm.open() as kvm, kvm.create_vm():
+        with Kvm.open() as kvm, kvm.create_vm() as vm:
+            for capability in CAPABILITIES:
+                ask = kvm.check_extension if capability.scope is Scope.SYSTEM else vm.check_extension
+                if capability.required and not ask(capability.number):
+                    return f"this host's KVM lacks {capability.name}"
             return None
     except (HostError, BackendError) as error:
         return str(error)

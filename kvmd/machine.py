@@ -118,6 +118,8 @@ class Machine(Closing):
         self._state_name = "running"
         log = structlog.get_logger("kvmd.machine").bind(machine=self.spec.name)
         log.info("machine-starting", image=str(self.spec.image), **self.facts)
+        if self._hardware.not_on_kvm:
+            log.warning("no-kvm", because=self._hardware.not_on_kvm)
         self._parked.bind(trio.lowlevel.current_trio_token())
         try:
             async with trio.open_nursery() as nursery:

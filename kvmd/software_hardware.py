@@ -37,7 +37,7 @@ def open_software(spec: MachineSpec, image: LoadedImage, why: str = "") -> Hardw
     """
     problem = missing_emulator()
     if problem is not None:
-        raise HostError(f"{why}; and without KVM, {problem}" if why else f"accelerator software: {problem}")
+        raise HostError(f"{why}; and for the software CPU, {problem}" if why else f"accelerator software: {problem}")
     _check(spec, why)
     # Only now: without the package this import fails.
     from kvmd.software.vm import SoftwareVm  # noqa: PLC0415
@@ -77,16 +77,15 @@ def open_software(spec: MachineSpec, image: LoadedImage, why: str = "") -> Hardw
             vcpu.set_registers(boot.registers[index])
             vcpus.append(vcpu)
         facts = {"accelerator": "software", **protection.facts()}
-        if why:
-            facts["accelerator_because"] = why
+        resources = stack.pop_all()
         return Hardware(
-            vcpus, protection, boot, shared, memory.state, memory.pinned, memory.lock, facts, stack.pop_all()
+            vcpus, protection, boot, shared, memory.state, memory.pinned, memory.lock, facts, resources, why
         )
 
 
 def _check(spec: MachineSpec, why: str) -> None:
     """Refuse what only KVM has."""
-    because = f" ({why})" if why else ""
+    because = f" (no KVM: {why})" if why else ""
     if spec.protection == "guest-memfd":
         raise MissingCapability(
             "KVM_CAP_GUEST_MEMFD",

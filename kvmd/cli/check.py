@@ -6,10 +6,11 @@ import json
 
 import click
 
-from kvmd.cli.host_report import as_json, as_text, report_of
+from kvmd.cli.host_report import as_json, as_text, report_of, without_kvm_json, without_kvm_text
 from kvmd.errors import HostError
 from kvmd.kvm.capabilities import probe
 from kvmd.kvm.system import Kvm
+from kvmd.software.availability import missing_emulator
 from kvmd.stop import ExitStatus
 
 
@@ -17,13 +18,19 @@ from kvmd.stop import ExitStatus
 @click.option("--json", "wants_json", is_flag=True, help="Write one JSON object.")
 def check(*, wants_json: bool) -> int:
     """Say what this host can do, which capabilities it lacks, and what each of those costs."""
+    software = missing_emulator()
     try:
         with Kvm.open() as kvm:
             report = report_of(probe(kvm))
     except HostError as error:
-        if not wants_json:
-            raise
-        print(json.dumps({"usable": False, "problem": str(error)}))
-        return ExitStatus.HOST
-    print(json.dumps(as_json(report), indent=2) if wants_json else as_text(report))
-    return 0 if report.usable else ExitStatus.HOST
+        problem = str(error)
+        usable = software is None
+        print(
+            json.dumps(without_kvm_json(problem, software), indent=2)
+            if wants_json
+            else without_kvm_text(problem, software)
+        )
+    else:
+        usable = report.usable or software is None
+        print(json.dumps(as_json(report, software), indent=2) if wants_json else as_text(report, software))
+    return 0 if usable else ExitStatus.HOST

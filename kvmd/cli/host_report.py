@@ -11,6 +11,15 @@ from kvmd.kvm.capability_table import VM_TYPE_NAMES
 from kvmd.kvm.fault_layout import choose_layout
 from kvmd.kvm.needs import ATTRIBUTE_TRIPWIRE, GUEST_MEMFD, GUEST_MEMFD_TRIPWIRE, Need, first_lacking
 
+_LACKS_NEEDED = "lacks something that kvmd needs, see below"
+
+_LOST = (
+    "speed: guest code runs ten to a hundred times slower, one vCPU at a time",
+    "protection guest-memfd, and the tripwires of protection emulated",
+    "instructions that the emulator lacks, such as AVX",
+    "(docs/software-cpu.md has the whole list)",
+)
+
 _NOT_BUILT_YET = "not built yet"
 _PROTECTIONS_TO_COME = {"snp": uapi.KVM_X86_SNP_VM, "tdx": uapi.KVM_X86_TDX_VM}
 
@@ -80,10 +89,17 @@ def _lacking(reports: Sequence[CapabilityReport], vm_type: int, needs: tuple[Nee
     return first_lacking(needs, lambda number: answers.get(number, 0))
 
 
-def as_json(report: HostReport) -> dict[str, object]:
-    """Return the report as plain data for ``kvmd check --json``."""
+def as_json(report: HostReport, software: str | None = None) -> dict[str, object]:
+    """Return the report as plain data for ``kvmd check --json``.
+
+    Args:
+        report: of this host's KVM.
+        software: why the software CPU cannot be used; None where it can.
+    """
+    kvm = None if report.usable else _LACKS_NEEDED
     return {
-        "usable": report.usable,
+        "usable": report.usable or software is None,
+        **_accelerators_json(kvm, software),
         "fault_layout": report.fault_layout,
         "tripwires": list(report.tripwires),
         "protections": {
@@ -108,12 +124,49 @@ def as_json(report: HostReport) -> dict[str, object]:
     }
 
 
-def as_text(report: HostReport) -> str:
-    """Return the report for a person, in lines of at most 79 columns where names allow."""
+def without_kvm_json(problem: str, software: str | None) -> dict[str, object]:
+    """Return what ``kvmd check --json`` says where there is no KVM.
+
+    Args:
+        problem: why not.
+        software: why the software CPU cannot be used either; None where it can.
+    """
+    report: dict[str, object] = {"usable": software is None, "problem": problem}
+    return report | _accelerators_json(problem, software)
+
+
+def without_kvm_text(problem: str, software: str | None) -> str:
+    """Return the same for a person."""
+    lines = [_verdict(software is None), "", f"  KVM            cannot be used: {problem}", _software_line(software)]
+    if software is None:
+        lines += ["", "What is lost without KVM:", *(f"  {line}" for line in _LOST)]
+    return "\n".join(lines)
+
+
+def _accelerators_json(kvm: str | None, software: str | None) -> dict[str, object]:
+    problems = {"kvm": kvm, "software": software}
+    return {
+        "accelerators": {name: {"usable": not why, "problem": why} for name, why in problems.items()},
+        "accelerator": next((name for name, why in problems.items() if why is None), None),
+    }
+
+
+def _verdict(usable: bool) -> str:  # noqa: FBT001 - the answer is what it is about
+    return f"kvmd {'can' if usable else 'cannot'} run guests on this host."
+
+
+def _software_line(problem: str | None) -> str:
+    return f"  software CPU   {problem or 'works'}"
+
+
+def as_text(report: HostReport, software: str | None = None) -> str:
+    """Return the report for a person, in lines of at most 79 columns where names allow; see ``as_json``."""
     working = [name for name, problem in report.protections.items() if problem is None]
     lines = [
-        "kvmd can run guests on this host." if report.usable else "kvmd cannot run guests on this host.",
+        _verdict(report.usable or software is None),
         "",
+        f"  KVM            {'works: guests run on it unless told otherwise' if report.usable else _LACKS_NEEDED}",
+        _software_line(software),
         f"  memory faults  layout {report.fault_layout}",
         f"  tripwires      {', '.join(report.tripwires)}   ({report.tripwires[0]} is used by default)",
         f"  protection     {', '.join(working) or 'none works here'}"

@@ -48,6 +48,7 @@ class Interception:
         self._cr3: int | None = None
         self._stepping = False
         self._spare: dict[int, int] = {}
+        self._looked_at: set[tuple[int, int]] = set()
 
     def attach(self, engine: Engine) -> None:
         """Say which emulator asks."""
@@ -69,6 +70,10 @@ class Interception:
         if stepping:
             for index, (page, contents) in enumerate(self.mmio.loads()):
                 self._spare[page] = self._engine.fill_spare(1 + index, contents)
+
+    def forget_code(self) -> None:
+        """Look at all code again: some was changed."""
+        self._looked_at.clear()
 
     def translate(self, address: int, access: Access = Access.READ) -> int | None:
         """Return the gpa of the page at a virtual address, or None where an access is a page fault."""
@@ -129,6 +134,9 @@ class Interception:
 
     def _look_at(self, start: int, gpa: int) -> None:
         """Before a page of code is translated: find what the emulator would get wrong."""
+        if (start, gpa) in self._looked_at and page_of(gpa) not in self._memory.code.mixed:
+            return
+        self._looked_at.add((start, gpa))
         contents = self._memory.read(gpa, PAGE_SIZE) or b""
         following = self.translate(start + PAGE_SIZE)
         if following is not None:

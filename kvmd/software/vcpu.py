@@ -217,6 +217,7 @@ class SoftwareVcpu:
         code = memory.code
         if code.generation != self._code_generation or (code.mixed and self._turns.last is not self):
             self._code_generation = code.generation
+            self._events.forget_code()
             engine.forget_code()
         if memory.generation != self._generation:
             self._generation = memory.generation

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 BEYOND = 4
 """Bytes behind a page that have to be looked at: what a prefix that is the page's last byte belongs to."""
 
-_VEX = re.compile(rb"\xc5|\xc4(?=[\x01-\x03\x21-\x23\x41-\x43\x61-\x63\x81-\x83\xa1-\xa3\xc1-\xc3\xe1-\xe3])", re.DOTALL)
+_VEX = re.compile(
+    rb"\xc5|\xc4(?=[\x01-\x03\x21-\x23\x41-\x43\x61-\x63\x81-\x83\xa1-\xa3\xc1-\xc3\xe1-\xe3])", re.DOTALL
+)
 _THREE_BYTES = 0xC4
 _MAP_MASK = 0x1F
 _GENERAL = {2: frozenset({0xF2, 0xF3, 0xF5, 0xF6, 0xF7}), 3: frozenset({0xF0})}

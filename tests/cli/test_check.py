@@ -42,22 +42,43 @@ def test_a_usable_host_is_status_0(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_a_host_of_no_use_is_status_121(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fake_host(monkeypatch, answers(KVM_CAP_USER_MEMORY=0))
+    monkeypatch.setattr(module, "missing_emulator", lambda: "the package unicorn is not installed")
     assert run_cli(["check"]) == ExitStatus.HOST
     assert capsys.readouterr().out.startswith("kvmd cannot run guests on this host.")
 
 
 def test_json_is_one_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fake_host(monkeypatch, answers(KVM_CAP_USER_MEMORY=0))
+    monkeypatch.setattr(module, "missing_emulator", lambda: "no emulator")
     assert run_cli(["check", "--json"]) == ExitStatus.HOST
-    assert json.loads(capsys.readouterr().out)["usable"] is False
+    found = json.loads(capsys.readouterr().out)
+    assert (found["usable"], found["accelerator"]) == (False, None)
 
 
-def test_a_host_without_kvm_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_host_without_kvm_says_why_and_what_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(module, "Kvm", NoKvm)
+    monkeypatch.setattr(module, "missing_emulator", lambda: None)
+    assert run_cli(["check"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("kvmd can run guests on this host.")
+    assert "cannot be used: /dev/kvm is missing: load the module" in text
+    assert "What is lost without KVM:" in text
+    assert run_cli(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problem"] == "/dev/kvm is missing: load the module"
+    assert found["accelerator"] == "software"
+    assert found["accelerators"]["kvm"] == {"usable": False, "problem": "/dev/kvm is missing: load the module"}
+
+
+def test_a_host_without_either_says_how_to_get_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "Kvm", NoKvm)
+    monkeypatch.setattr(module, "missing_emulator", lambda: "install kvmd[software]")
     assert run_cli(["check"]) == ExitStatus.HOST
-    assert capsys.readouterr().err == "kvmd: error: /dev/kvm is missing: load the module\n"
-    assert run_cli(["check", "--json"]) == ExitStatus.HOST
-    assert json.loads(capsys.readouterr().out) == {
-        "usable": False,
-        "problem": "/dev/kvm is missing: load the module",
-    }
+    text = capsys.readouterr().out
+    assert text.startswith("kvmd cannot run guests on this host.")
+    assert "software CPU   install kvmd[software]" in text
+    assert "lost" not in text
