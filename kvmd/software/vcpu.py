@@ -240,8 +240,10 @@ class SoftwareVcpu:
     def _why(self, engine: Engine, error: int) -> Exit | None:
         """Return why the run ended; None where it was asked to."""
         ended = self._events.ended
-        if ended is None or isinstance(ended, Ended):
+        if isinstance(ended, Ended):
             return self._on_system_call() if ended is Ended.SYSTEM_CALL else self._untold(engine, error)
+        if ended is None:
+            return self._untold(engine, error)
         if isinstance(ended, PortIo):
             return self._on_port(engine, ended)
         if isinstance(ended, Mmio):
@@ -254,19 +256,14 @@ class SoftwareVcpu:
         rip = engine.rip
         if error == INVALID_INSTRUCTION:
             return self._on_undefined(engine, rip)
-        if error != OK:
-            return self._cannot(rip, f"the emulator failed with error {error}")
         stopped = self._attention.take_stopped()
         if engine.is_watched(rip):
-            if any(True for _ in vector_instructions(self._code(rip), 1)):
-                return self._cannot(rip, "the software CPU does not know it")
-            engine.unwatch(rip)  # what was there has been written over
-            return None
+            return self._on_watched(engine, rip)
         if stopped:
             return None
         if engine.cpl() == 0 and self._code(rip - 1)[:1] == bytes([_HLT]):
             return Halted()
-        return self._cannot(rip, "the emulator stopped for no known reason")
+        return self._cannot(rip, f"the emulator failed, with error {error}")
 
     # --- what the emulator leaves to kvmd
 
@@ -322,6 +319,12 @@ class SoftwareVcpu:
         if not isinstance(events.ended, Mmio | MemoryFault):
             events.mmio.clear()
         return Ended.STEPPED if events.ended is Ended.STEPPED else self._why(engine, error)
+
+    def _on_watched(self, engine: Engine, rip: int) -> Exit | None:
+        if any(True for _ in vector_instructions(self._code(rip), 1)):
+            return self._cannot(rip, "the software CPU does not know it")
+        engine.unwatch(rip)  # what was there has been written over
+        return None
 
     def _on_undefined(self, engine: Engine, rip: int) -> Exit | None:
         code = self._code(rip)

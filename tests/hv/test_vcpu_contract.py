@@ -7,6 +7,7 @@ import random
 import struct
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -85,6 +86,9 @@ def test_no_kick_of_a_storm_is_lost(any_bench: Bench) -> None:
     changed = threading.Condition()
     strangers: list[Exit] = []
 
+    def is_seen(number: int) -> bool:
+        return seen >= number
+
     def serve() -> None:
         nonlocal seen
         vcpu.prepare_thread()
@@ -108,7 +112,7 @@ def test_no_kick_of_a_storm_is_lost(any_bench: Bench) -> None:
             wanted = number
         vcpu.request_exit()
         with changed:
-            assert changed.wait_for(lambda number=number: seen >= number, LOST_AFTER_S), f"kick {number} was lost"
+            assert changed.wait_for(partial(is_seen, number), LOST_AFTER_S), f"kick {number} was lost"
     thread.join()
     assert strangers == []
 

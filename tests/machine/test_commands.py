@@ -1,12 +1,15 @@
-"""Stop, pause, resume and kicks on the real KVM, and what is refused before a machine starts."""
+"""Stop, pause, resume and kicks on every accelerator, and what is refused before a machine starts."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import structlog
 import trio
 
+from kvmd import accelerator, software_hardware
 from kvmd.errors import ConfigError, HostError, ImageError, MachineStateError
 from kvmd.guests import GUESTS
 from kvmd.machine import Machine
@@ -15,7 +18,14 @@ from kvmd.stop import ExitStatus, Stop, StopReason
 from kvmd.units import MIB, TIB
 from tests.machine.conftest import RUN_SECONDS, OpenMachine
 
-pytestmark = pytest.mark.kvm
+ON_KVM = pytest.param("kvm", marks=pytest.mark.kvm)
+ON_SOFTWARE = pytest.param("software", marks=pytest.mark.software)
+
+
+@pytest.fixture(params=[ON_KVM, ON_SOFTWARE])
+def open_machine(request: pytest.FixtureRequest, open_machine: OpenMachine) -> OpenMachine:
+    """Return the usual function, for each accelerator in turn."""
+    return partial(open_machine, accelerator=request.param)
 
 
 async def until_converted(machine: Machine, count: int) -> None:
@@ -144,13 +154,73 @@ def spec(**changes: object) -> MachineSpec:
     return MachineSpec(**fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.kvm
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
         ({"vcpus": 4096}, ConfigError, "this host's KVM allows at most"),
-        ({"memory": 1 * MIB}, ImageError, "at least"),
         ({"memory": 30 * TIB}, HostError, "ask for less"),
         ({"memory": 64 * TIB}, ConfigError, "memory"),
+    ],
+)
+def test_what_kvm_does_not_have_is_said(changes: dict[str, object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Machine.open(spec(accelerator="kvm", **changes))
+
+
+@pytest.mark.software
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"memory": 64 * TIB}, HostError, "ask for less"),
+        ({"vcpus": 257}, ConfigError, "vcpus: the software CPU allows at most 256, not 257"),
+        (
+            {"protection": "guest-memfd"},
+            HostError,
+            "protection guest-memfd needs KVM, and this is the software CPU: use",
+        ),
+        ({"tripwire": "hole"}, HostError, "tripwire hole needs KVM, and this is the software CPU, which needs none"),
+    ],
+)
+def test_what_the_software_cpu_does_not_have_is_said(
+    changes: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as raised:
+        Machine.open(spec(accelerator="software", **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_without_the_emulator_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software_hardware, "missing_emulator", lambda: "install kvmd[software]")
+    with pytest.raises(HostError, match=r"^accelerator software: install kvmd\[software\]$"):
+        Machine.open(spec(accelerator="software"))
+    monkeypatch.setattr(accelerator, "kvm_problem", lambda: "/dev/kvm does not exist")
+    with pytest.raises(HostError, match=r"^/dev/kvm does not exist; and for the software CPU, install kvmd"):
+        Machine.open(spec(accelerator="auto"))
+
+
+@pytest.mark.software
+def test_auto_takes_the_software_cpu_where_kvm_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "kvm_problem", lambda: "/dev/kvm does not exist")
+    with Machine.open(spec()) as machine:
+        assert machine.facts["accelerator"] == "software"
+        with structlog.testing.capture_logs() as logs:
+            stop = trio.run(machine.run)
+    assert stop.status == 0
+    assert [log["because"] for log in logs if log["event"] == "no-kvm"] == ["/dev/kvm does not exist"]
+
+
+@pytest.mark.kvm
+def test_auto_takes_kvm_where_it_works() -> None:
+    with Machine.open(spec()) as machine:
+        assert machine.facts["accelerator"] == "kvm"
+
+
+@pytest.mark.parametrize("on", [ON_KVM, ON_SOFTWARE])
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"memory": 1 * MIB}, ImageError, "at least"),
         ({"image": Path("/nowhere/guest.elf")}, ImageError, "/nowhere/guest.elf: No such file"),
         ({"image": Path("/dev/null")}, ImageError, "ELF"),
         ({"image": Path("/etc")}, ImageError, "/etc"),
@@ -158,8 +228,8 @@ def spec(**changes: object) -> MachineSpec:
     ],
 )
 def test_what_cannot_be_started_says_why_in_one_line(
-    changes: dict[str, object], error: type[Exception], words: str
+    changes: dict[str, object], error: type[Exception], words: str, on: str
 ) -> None:
     with pytest.raises(error, match=words) as raised:
-        Machine.open(spec(**changes))
+        Machine.open(spec(**changes, accelerator=on))
     assert "\n" not in str(raised.value)
