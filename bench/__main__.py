@@ -17,6 +17,7 @@ from bench.tables import as_json, render
 BENCHMARKS = {
     "handoff": "a request's way to the conversion service and back, beside a bare ping-pong of two threads",
     "pingpong": "conversions end to end, beside the C floor",
+    "software": "conversions and instructions on the software CPU, beside KVM",
     "start": "the start of `kvmd run` to the guest's first output",
     "blocks": "what conversions and a machine's start cost, by block size, memory and pages",
     "large": "explicit conversions of a large range, beside the bare ioctls (in the lab: lab/README.md)",

@@ -10,6 +10,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -75,17 +76,22 @@ class Run:
     us_first: float
 
 
-def run_kvmd(load: Load) -> Run:
-    """Run the guest under kvmd.
+def run_kvmd(load: Load, accelerator: Literal["kvm", "software"] = "kvm") -> Run:
+    """Run the guest under kvmd, on KVM or the software CPU.
 
     Raises:
         CannotMeasure: the guest did not do what it should.
     """
-    require_kvm()
+    if accelerator == "kvm":
+        require_kvm()
     if load.conversions > DEFAULT_CAPACITY:
         raise ValueError(f"{load.conversions} conversions do not fit into the ring of records")
     spec = MachineSpec(
-        image=GUESTS["pingpong"].path, vcpus=load.vcpus, memory=load.memory, arguments=(load.pages, load.rounds)
+        image=GUESTS["pingpong"].path,
+        vcpus=load.vcpus,
+        memory=load.memory,
+        accelerator=accelerator,
+        arguments=(load.pages, load.rounds),
     )
     gc.collect()
     with Machine.open(spec) as machine:

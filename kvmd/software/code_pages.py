@@ -47,7 +47,7 @@ class CodePages:
 
     def holds_code(self, first: int, end: int) -> bool:
         """Tell whether a page of ``[first, end)`` was executed."""
-        return bool(_within(self._executed, first, end))
+        return bool(within(self._executed, first, end))
 
     def overwrite(self, first: int, end: int) -> None:
         """Note that the pages ``[first, end)`` were written from outside; vCPUs may do with them what they might."""
@@ -58,10 +58,10 @@ class CodePages:
         """Note that the pages ``[first, end)`` are empty now, and that every vCPU will ask for them anew."""
         self.overwrite(first, end)
         for pages in (self._written, self._executed, self.mixed):
-            pages.difference_update(_within(pages, first, end))
+            pages.difference_update(within(pages, first, end))
 
 
-def _within(pages: set[int], first: int, end: int) -> set[int]:
+def within(pages: set[int], first: int, end: int) -> set[int]:
     """Return the pages in ``[first, end)``, looking at the fewer of the two."""
     if end - first < len(pages):
         return {page for page in range(first, end) if page in pages}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 from kvmd.hv.exits import EmulationFailure, MemoryFault, Mmio, PortIo, Shutdown
-from kvmd.software.code_pages import READ, WRITE
+from kvmd.software.code_pages import READ, WRITE, within
 from kvmd.software.cpuid import cpuid
 from kvmd.software.engine import DEBUG_EXCEPTION, READ_UNMAPPED, SPARE_GPA, Engine
 from kvmd.software.memory import GuestMemory, page_of, page_start
@@ -13,6 +13,10 @@ from kvmd.software.mmio import MmioAccesses
 from kvmd.software.page_walk import Access, walk
 from kvmd.software.vector_code import BEYOND, vector_instructions
 from kvmd.units import PAGE_SIZE
+
+
+_MOST_WALKED = 4096
+"""Translations that are kept, at most: about 1 MiB."""
 
 
 class Ended(enum.Enum):
@@ -49,6 +53,8 @@ class Interception:
         self._stepping = False
         self._spare: dict[int, int] = {}
         self._looked_at: set[tuple[int, int]] = set()
+        self._known: set[int] = set()
+        self._walked: dict[tuple[int, int], int] = {}
 
     def attach(self, engine: Engine) -> None:
         """Say which emulator asks."""
@@ -71,6 +77,16 @@ class Interception:
             for index, (page, contents) in enumerate(self.mmio.loads()):
                 self._spare[page] = self._engine.fill_spare(1 + index, contents)
 
+    def forget_pages(self) -> None:
+        """The emulator knows no page any more."""
+        with self._memory.lock:
+            self._known.clear()
+        self.code.clear()
+
+    def knows(self, first: int, end: int) -> bool:
+        """Tell whether the emulator may touch a page of ``[first, end)`` without asking. Under the memory's lock."""
+        return bool(within(self._known, first, end))
+
     def forget_code(self) -> None:
         """Look at all code again: some was changed."""
         self._looked_at.clear()
@@ -78,7 +94,16 @@ class Interception:
     def translate(self, address: int, access: Access = Access.READ) -> int | None:
         """Return the gpa of the page at a virtual address, or None where an access is a page fault."""
         if self._cr3 is not None:
-            return walk(self._memory.read_entry, self._cr3, address, access, user=True)
+            # CPL 3 cannot invalidate a translation, so one that was walked once may be kept like in any TLB.
+            key = page_start(address), access
+            found = self._walked.get(key)
+            if found is None:
+                found = walk(self._memory.read_entry, self._cr3, address, access, user=True)
+                if found is not None:
+                    if len(self._walked) >= _MOST_WALKED:
+                        self._walked.clear()
+                    self._walked[key] = found
+            return found
         engine = self._engine
         return walk(self._memory.read_entry, engine.cr3(), address, access, user=engine.cpl() != 0)
 
@@ -94,13 +119,18 @@ class Interception:
         memory = self._memory
         if not memory.is_inside(gpa):
             return self._outside(gpa, kind)
-        if not memory.is_live(gpa):
+        page = page_of(gpa)
+        with memory.lock:
+            allowed = memory.code.touch(page, kind) if memory.is_live(gpa) else 0
+            if allowed:
+                self._known.add(page)
+        if not allowed:
             self.ended = MemoryFault(gpa, PAGE_SIZE, memory.is_private(gpa))
             return None
         if kind is Access.FETCH:
             self.code[page_start(address)] = gpa
             self._look_at(page_start(address), gpa)
-        return gpa, memory.code.touch(page_of(gpa), kind)
+        return gpa, allowed
 
     def on_in(self, port: int, size: int) -> None:
         """Note the access."""

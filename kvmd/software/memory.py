@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Iterator, Mapping
 
 from kvmd.ranges import GpaRange, PageState
@@ -17,7 +18,7 @@ _ENTRY_SIZE = 8
 class GuestMemory:
     """The memory of one machine, in one view or in two.
 
-    Changed only while no vCPU has the turn (see ``kvmd.software.turns``), or before the first one runs.
+    Which view is live changes under ``lock``, and never for a page that a running vCPU knows: see ``SoftwareVm``.
 
     Args:
         size_bytes: a multiple of the page.
@@ -27,7 +28,7 @@ class GuestMemory:
 
     Attributes:
         code: the pages that hold code.
-        generation: grows whenever views change: every vCPU then has to ask for its pages anew.
+        lock: held while views change, and by a vCPU from the look at a view to its note that it knows the page.
         size_bytes: as given.
     """
 
@@ -36,7 +37,7 @@ class GuestMemory:
     ) -> None:
         self.size_bytes = size_bytes
         self.code = CodePages()
-        self.generation = 0
+        self.lock = threading.Lock()
         self._addresses = dict(addresses)
         self._c_mask = 0 if c_bit is None else 1 << c_bit
         self._initial = initial
@@ -74,17 +75,16 @@ class GuestMemory:
         """Make the view of all pages of the range live, and forget what code either held."""
         first, end = range_.start >> _PAGE_SHIFT, range_.end >> _PAGE_SHIFT
         self._moved[first:end] = (b"\0" if view is self._initial else b"\1") * (end - first)
-        self.generation += 1
         for side in self._addresses:
-            self.code.forget(*self._pages(range_, side))
+            self.code.forget(*self.pages(range_, side))
 
     def overwrite_code(self, range_: GpaRange, view: PageState) -> None:
         """Note that the host wrote to pages of the range in a view."""
-        self.code.overwrite(*self._pages(range_, view))
+        self.code.overwrite(*self.pages(range_, view))
 
     def holds_code(self, range_: GpaRange, view: PageState) -> bool:
         """Tell whether a page of the range was executed in a view."""
-        return self.code.holds_code(*self._pages(range_, view))
+        return self.code.holds_code(*self.pages(range_, view))
 
     def read_entry(self, gpa: int) -> int | None:
         """Return the eight bytes at a gpa, as a page walk reads them; None where it cannot."""
@@ -109,7 +109,8 @@ class GuestMemory:
         view = PageState.PRIVATE if gpa & self._c_mask or PageState.SHARED not in self._addresses else PageState.SHARED
         return self._addresses[view] + (gpa & ~self._c_mask)
 
-    def _pages(self, range_: GpaRange, view: PageState) -> tuple[int, int]:
+    def pages(self, range_: GpaRange, view: PageState) -> tuple[int, int]:
+        """Return the numbers of the first page of the range in a view, and of the one behind the last."""
         first = self.in_view(range_.start, view) >> _PAGE_SHIFT
         return first, first + range_.pages
 

@@ -97,6 +97,15 @@ class Turns:
                 if ticket.runner is runner:
                     ticket.woken.set()
 
+    def beside(self, attempt: Callable[[Runner | None], bool]) -> bool:
+        """Do something while no turn begins or ends.
+
+        Args:
+            attempt: gets who has the turn, and returns whether it was possible beside that one. Must not block.
+        """
+        with self._lock:
+            return attempt(None if self._holder is None else self._holder.runner)
+
     @contextmanager
     def nobody(self) -> Iterator[None]:
         """Keep all vCPUs out of the guest: before others that wait, after the one that runs.

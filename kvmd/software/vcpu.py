@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno as errno_codes
 import threading
 from dataclasses import replace
+from typing import Literal
 
 from kvmd.hv.exits import Exit, Halted, Hypercall, Interrupted, MemoryFault, Mmio, PortIo, Shutdown, UnexpectedExit
 from kvmd.hv.vcpu import Registers
 from kvmd.software.attention import Attention
-from kvmd.software.engine import INVALID_INSTRUCTION, OK, RFLAGS_TF, Engine
+from kvmd.software.engine import INVALID_INSTRUCTION, RFLAGS_TF, Engine
 from kvmd.software.instruction import LONGEST, hypercall_length, may_be_an_extension, string_io
 from kvmd.software.interception import Ended, Interception
 from kvmd.software.memory import GuestMemory, page_of, page_start
@@ -55,7 +56,8 @@ class SoftwareVcpu:
         self._attention = self._emulator.attention
         self._lock = threading.Lock()
         self._thread: int | None = None
-        self._generation = self._code_generation = 0
+        self._code_generation = 0
+        self._stale = False
         self._read: PortIo | Mmio | Hypercall | None = None
         self._string_at: int | None = None
         self._store: tuple[int, bytes] | None = None
@@ -130,6 +132,14 @@ class SoftwareVcpu:
     def begin_turn(self) -> None:
         """Forget what was asked for in an earlier turn."""
         self._attention.forget(Attention.TURN)
+
+    def knows(self, first: int, end: int) -> bool:
+        """Tell whether the emulator may touch a page of ``[first, end)`` without asking. Under the memory's lock."""
+        return self._events.knows(first, end)
+
+    def distrust(self) -> None:
+        """Ask for all pages anew in the next turn. While it has none."""
+        self._stale = True
 
     def complete_read(self, data: bytes) -> None:
         """Give the data that the pending ``PortIo`` or ``Mmio`` load reads.
@@ -213,14 +223,12 @@ class SoftwareVcpu:
 
     def _take_turn(self, engine: Engine) -> Exit | None:
         """Run until the guest leaves, and return why; None where the turn ended first."""
-        memory = self._memory
-        code = memory.code
+        code = self._memory.code
         if code.generation != self._code_generation or (code.mixed and self._turns.last is not self):
             self._code_generation = code.generation
             self._events.forget_code()
             engine.forget_code()
-        if memory.generation != self._generation:
-            self._generation = memory.generation
+        if self._stale:
             self._forget_pages(engine)
         if self._store is not None:
             fault = self._finish_string(*self._store)
@@ -234,8 +242,9 @@ class SoftwareVcpu:
         return self._why(engine, engine.run(engine.rip))
 
     def _forget_pages(self, engine: Engine) -> None:
+        self._stale = False
         engine.forget_pages()
-        self._events.code.clear()
+        self._events.forget_pages()
 
     def _why(self, engine: Engine, error: int) -> Exit | None:
         """Return why the run ended; None where it was asked to."""
@@ -286,24 +295,27 @@ class SoftwareVcpu:
 
     def _finish_string(self, address: int, data: bytes) -> Exit | None:
         """Store what an INS read, where its page is still live; else return the exit that an access there is."""
+        memory = self._memory
         parts: list[tuple[int, bytes]] = []
         while data:
             room = PAGE_SIZE - (address & PAGE_MASK)
             page = self._events.translate(address, Access.WRITE)
             if page is None:
                 return Shutdown()
-            if self._memory.is_inside(page):
-                if not self._memory.is_live(page):
-                    return MemoryFault(page, PAGE_SIZE, self._memory.is_private(page))
+            if memory.is_inside(page):
                 parts.append((page | address & PAGE_MASK, data[:room]))
             address, data = address + room & _U64, data[room:]
-        for gpa, part in parts:
-            self._memory.write(gpa, part)
-            self._memory.code.overwrite(page_of(gpa), page_of(gpa) + 1)
+        with memory.lock:
+            for gpa, _ in parts:
+                if not memory.is_live(gpa):
+                    return MemoryFault(page_start(gpa), PAGE_SIZE, memory.is_private(gpa))
+            for gpa, part in parts:
+                memory.write(gpa, part)
+                memory.code.overwrite(page_of(gpa), page_of(gpa) + 1)
         self._store = None
         return None
 
-    def _finish_mmio(self, engine: Engine) -> Exit | Ended | None:
+    def _finish_mmio(self, engine: Engine) -> Exit | Literal[Ended.STEPPED] | None:
         """Run the one instruction whose accesses were answered."""
         events = self._events
         registers = engine.registers()
