@@ -138,14 +138,26 @@ class Engine:
 
     # --- running
 
-    def run(self, rip: int) -> int:
-        """Run from ``rip`` until something ends it, and return Unicorn's error number. Releases the GIL meanwhile."""
+    def run(self, rip: int, *, explain: bool = False) -> int:
+        """Run from ``rip`` until something ends it, and return Unicorn's error number. Releases the GIL meanwhile.
+
+        Args:
+            rip: where.
+            explain: tell of accesses to where nothing is (``Events.on_unmapped``), not only that there was one. With
+                this hook, stores to memory are ten times slower.
+        """
+        hook = self._uc.hook_add(uc.UC_HOOK_MEM_UNMAPPED, self._on_unmapped) if explain else None
         try:
             self._uc.emu_start(rip, 0)
         except UcError as error:
             found = int(error.errno)
         else:
             found = OK
+        finally:
+            if hook is not None:
+                self._uc.hook_del(hook)
+                # What was translated meanwhile is slow.
+                self.forget_code()
         if self._problem is not None:
             problem, self._problem = self._problem, None
             raise problem
@@ -248,7 +260,6 @@ class Engine:
         add = self._uc.hook_add
         add(uc.UC_HOOK_TLB_FILL, self._on_fill)
         add(uc.UC_HOOK_INTR, self._on_exception)
-        add(uc.UC_HOOK_MEM_UNMAPPED, self._on_unmapped)
         add(uc.UC_HOOK_INSN, self._on_in, None, 1, 0, x86.UC_X86_INS_IN)
         add(uc.UC_HOOK_INSN, self._on_out, None, 1, 0, x86.UC_X86_INS_OUT)
         add(uc.UC_HOOK_INSN, self._on_system_call, None, 1, 0, x86.UC_X86_INS_SYSCALL)

@@ -14,7 +14,6 @@ from kvmd.software.page_walk import Access, walk
 from kvmd.software.vector_code import BEYOND, vector_instructions
 from kvmd.units import PAGE_SIZE
 
-
 _MOST_WALKED = 4096
 """Translations that are kept, at most: about 1 MiB."""
 

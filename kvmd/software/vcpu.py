@@ -10,7 +10,7 @@ from typing import Literal
 from kvmd.hv.exits import Exit, Halted, Hypercall, Interrupted, MemoryFault, Mmio, PortIo, Shutdown, UnexpectedExit
 from kvmd.hv.vcpu import Registers
 from kvmd.software.attention import Attention
-from kvmd.software.engine import INVALID_INSTRUCTION, RFLAGS_TF, Engine
+from kvmd.software.engine import INVALID_INSTRUCTION, RFLAGS_TF, UNMAPPED, Engine
 from kvmd.software.instruction import LONGEST, hypercall_length, may_be_an_extension, string_io
 from kvmd.software.interception import Ended, Interception
 from kvmd.software.memory import GuestMemory, page_of, page_start
@@ -239,7 +239,11 @@ class SoftwareVcpu:
             if found is not Ended.STEPPED:
                 return found
         self._events.begin()
-        return self._why(engine, engine.run(engine.rip))
+        error = engine.run(engine.rip)
+        if error in UNMAPPED:
+            self._events.begin()
+            error = engine.run(engine.rip, explain=True)
+        return self._why(engine, error)
 
     def _forget_pages(self, engine: Engine) -> None:
         self._stale = False
@@ -324,7 +328,7 @@ class SoftwareVcpu:
         # Its answers are in pages that nothing else may see, and it is to be finished whoever waits.
         self._forget_pages(engine)
         with self._attention.deaf():
-            error = engine.run(registers.rip)
+            error = engine.run(registers.rip, explain=True)
         after = engine.registers()
         engine.set_registers(replace(after, rflags=after.rflags & ~RFLAGS_TF | registers.rflags & RFLAGS_TF))
         self._forget_pages(engine)
