@@ -105,6 +105,7 @@ class KvmVcpu:
         Raises:
             BackendError: KVM refused the signal mask.
             RuntimeError: another thread runs this vCPU.
+            ValueError: the vCPU is closed.
         """
         me = threading.get_ident()
         with self._lock:
@@ -113,7 +114,7 @@ class KvmVcpu:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _KICK_SET)
         try:
             self._set_signal_mask(before - _KICK_SET)
-        except BackendError:
+        except (BackendError, ValueError):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             raise
         # Not where it was blocked already, by an earlier call or for another vCPU of this thread.
