@@ -18,7 +18,6 @@ from kvmd.kvm.system import Kvm
 from kvmd.kvm.uapi import KVM_CAP_GUEST_MEMFD_FLAGS
 from kvmd.ranges import GpaRange, PageState
 from kvmd.software.memory import GuestMemory
-from kvmd.software.vm import SoftwareVm
 from tests.fakes import FakeVcpu
 from tests.gate import Facility, require, require_whole
 
@@ -116,6 +115,8 @@ class Bench:
         self._stack.close()
 
     def _open_software(self, other: int) -> None:
+        from kvmd.software.vm import SoftwareVm  # noqa: PLC0415 - needs the emulator
+
         addresses = {PageState.SHARED: self.ram, PageState.PRIVATE: other}
         memory = GuestMemory(RAM_BYTES, addresses, c_bit=self.c_bit, initial=PageState.SHARED)
         vm = SoftwareVm(memory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -197,6 +199,16 @@ def test_without_the_emulator_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(accelerator, "kvm_problem", lambda: "/dev/kvm does not exist")
     with pytest.raises(HostError, match=r"^/dev/kvm does not exist; and for the software CPU, install kvmd"):
         Machine.open(spec(accelerator="auto"))
+
+
+def test_kvmd_starts_without_the_emulator_and_names_the_extra() -> None:
+    program = "import sys; sys.modules['unicorn'] = None; from kvmd.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "run", "builtin:hello", "--accelerator", "software"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - ours
+    assert done.returncode == ExitStatus.HOST
+    assert done.stderr.startswith("kvmd: error: accelerator software: the package unicorn is not installed")
+    assert "install kvmd[software]" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.software

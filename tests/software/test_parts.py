@@ -19,7 +19,6 @@ from kvmd.software.memory import GuestMemory
 from kvmd.software.mmio import MmioAccesses
 from kvmd.software.page_walk import Access
 from kvmd.software.vector_code import vector_instructions
-from kvmd.software.vm import SoftwareVm
 
 PRIVATE, SHARED = PageState.PRIVATE, PageState.SHARED
 C = 1 << 47
@@ -69,7 +68,10 @@ def test_one_view_alone_is_live_everywhere() -> None:
         memory.close()
 
 
+@pytest.mark.software
 def test_the_host_writes_over_code(memory: GuestMemory) -> None:
+    from kvmd.software.vm import SoftwareVm  # noqa: PLC0415 - needs the emulator
+
     vm = SoftwareVm(memory)
     memory.code.touch(memory.in_view(0x3000, SHARED) >> 12, Access.FETCH)
     vm.note_written(GpaRange(0x4000, 0x5000), SHARED)
