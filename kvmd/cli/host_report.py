@@ -14,7 +14,7 @@ from kvmd.kvm.needs import ATTRIBUTE_TRIPWIRE, GUEST_MEMFD, GUEST_MEMFD_TRIPWIRE
 _LACKS_NEEDED = "lacks something that kvmd needs, see below"
 
 _LOST = (
-    "speed: guest code runs ten to fifty times slower, and one vCPU at a time",
+    "speed: guest code runs ten to twenty-five times slower, one vCPU at a time",
     "protection guest-memfd, and the tripwires of protection emulated",
     "instructions that the emulator lacks, such as AVX",
     "(docs/software-cpu.md has the whole list)",

@@ -70,8 +70,10 @@ class Turns:
                 self._grant(ticket)
                 return True
             self._queue.append(ticket)
+            before = len(self._queue)
         while True:
-            ticket.woken.wait(SLICE_SECONDS)
+            # Only the first has to watch the clock: the others look less often, the further behind they are.
+            ticket.woken.wait(before * SLICE_SECONDS)
             with self._lock:
                 if ticket.granted:
                     return True
@@ -80,6 +82,7 @@ class Turns:
                         self._queue.remove(ticket)
                         return False
                     ticket.woken.clear()
+                before = self._queue.index(ticket) + 1
                 if self._queue[0] is ticket and time.monotonic() - self._since >= SLICE_SECONDS:
                     self._preempt()
 
@@ -160,3 +163,5 @@ class Turns:
         self._holder = None
         if self._queue:
             self._grant(self._queue.popleft())
+        if self._queue and self._queue[0].runner is not None:
+            self._queue[0].woken.set()  # it is the first now, and has to watch the clock
