@@ -9,7 +9,7 @@ import enum
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol, assert_never
+from typing import Protocol
 
 from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE, explicit_request
 from kvmd.conversion.livelock import LivelockWatch
@@ -23,17 +23,14 @@ from kvmd.hv.exits import (
     EmulationFailure,
     Exit,
     FaultDefect,
-    Halted,
     Hypercall,
     Interrupted,
     MemoryFault,
     Mmio,
     PortIo,
-    Shutdown,
-    SystemEvent,
-    UnexpectedExit,
 )
 from kvmd.hv.vcpu import Registers, Vcpu
+from kvmd.last_words import FatalExit, last_words
 from kvmd.protection.base import Protection
 from kvmd.ranges import GpaRange, PageState
 from kvmd.stop import RESERVED_STATUSES, Stop, StopReason
@@ -141,10 +138,7 @@ class ExitHandler:
         self._fetch_retries = 0
         return self._answer_rare(exit_)
 
-    def _answer_rare(  # noqa: PLR0911 - one case for each exit, and mypy says when one is missing
-        self,
-        exit_: PortIo | Mmio | Hypercall | BadMemoryFault | Shutdown | Halted | SystemEvent | UnexpectedExit,
-    ) -> Next | VcpuResult:
+    def _answer_rare(self, exit_: PortIo | Mmio | Hypercall | BadMemoryFault | FatalExit) -> Next | VcpuResult:
         match exit_:
             case PortIo():
                 return self._on_port(exit_)
@@ -154,19 +148,8 @@ class ExitHandler:
                 return self._on_hypercall(exit_)
             case BadMemoryFault():
                 return self._on_bad_fault(exit_)
-            case Shutdown():
-                return self._stop(
-                    StopReason.TRIPLE_FAULT,
-                    "triple fault: an exception that the guest has no handler for (payload guests have none at all)",
-                )
-            case Halted():
-                return self._stop(StopReason.HALTED, "halted for good: HLT with nothing that could interrupt it")
-            case SystemEvent():
-                return self._stop(StopReason.SYSTEM_EVENT, f"KVM system event {exit_.event}")
-            case UnexpectedExit():
-                return self._stop(StopReason.UNEXPECTED_EXIT, f"{exit_.name}: {exit_.detail}")
             case _:
-                assert_never(exit_)
+                return self._stop(*last_words(exit_))
 
     def _on_fault(self, fault: MemoryFault) -> Next | Stop:
         gpa, to = self._protection.wanted(fault)

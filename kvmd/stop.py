@@ -45,6 +45,7 @@ class StopReason(enum.Enum):
     TRIPLE_FAULT = "triple-fault"
     HALTED = "halted"
     EMULATION_FAILURE = "emulation-failure"
+    UNSUPPORTED_INSTRUCTION = "unsupported-instruction"
     UNEXPECTED_EXIT = "unexpected-exit"
     SYSTEM_EVENT = "system-event"
     RESERVED_STATUS = "reserved-exit-status"
@@ -63,6 +64,7 @@ class StopReason(enum.Enum):
     HOST_OUT_OF_MEMORY = "host-out-of-memory"
     DISCARD_FAILED = "discard-failed"
     BACKEND_FAILED = "backend-failed"
+    EMULATOR_FAILED = "emulator-failed"
     VCPU_STUCK = "vcpu-stuck"
 
     BUG = "bug"
@@ -89,6 +91,7 @@ _EXIT_STATUS = {
     StopReason.HOST_OUT_OF_MEMORY: ExitStatus.HOST_FAULT,
     StopReason.DISCARD_FAILED: ExitStatus.HOST_FAULT,
     StopReason.BACKEND_FAILED: ExitStatus.HOST_FAULT,
+    StopReason.EMULATOR_FAILED: ExitStatus.HOST_FAULT,
     StopReason.VCPU_STUCK: ExitStatus.HOST_FAULT,
     StopReason.BUG: ExitStatus.INTERNAL,
 }

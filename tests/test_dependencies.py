@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),
     ("accelerators", ("kvmd.kvm", "kvmd.software")),
+    ("last words", ("kvmd.last_words",)),
     ("stop reasons", ("kvmd.stop",)),
     ("accelerator's language", ("kvmd.hv",)),
     ("ranges", ("kvmd.ranges",)),

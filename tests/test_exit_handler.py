@@ -17,6 +17,7 @@ from kvmd.exit_handler import CONVERSION_PORT, EXIT_PORT, ExitHandler, Next, Vcp
 from kvmd.hv.exits import (
     BadMemoryFault,
     EmulationFailure,
+    EmulatorFailed,
     Exit,
     FaultDefect,
     Halted,
@@ -28,6 +29,7 @@ from kvmd.hv.exits import (
     Shutdown,
     SystemEvent,
     UnexpectedExit,
+    UnsupportedInstruction,
 )
 from kvmd.hv.vcpu import Registers
 from kvmd.ranges import PageState
@@ -246,6 +248,8 @@ def test_a_bad_fault_without_an_address_says_so() -> None:
         (Halted(), StopReason.HALTED),
         (SystemEvent(3), StopReason.SYSTEM_EVENT),
         (UnexpectedExit("KVM_EXIT_FAIL_ENTRY", "hardware reason 5"), StopReason.UNEXPECTED_EXIT),
+        (UnsupportedInstruction(0x100020, b"\xc5\xf9"), StopReason.UNSUPPORTED_INSTRUCTION),
+        (EmulatorFailed(0x100020, b"", "out of memory"), StopReason.EMULATOR_FAILED),
     ],
 )
 def test_other_exits_stop_the_machine_by_name(exit_: Exit, reason: StopReason) -> None:

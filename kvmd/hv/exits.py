@@ -140,6 +140,32 @@ class UnexpectedExit(msgspec.Struct, frozen=True):
     detail: str
 
 
+class UnsupportedInstruction(msgspec.Struct, frozen=True):
+    """The software CPU met an instruction that it does not have.
+
+    Attributes:
+        address: where, in the guest's address space.
+        code: the bytes from there on, as far as they can be read.
+    """
+
+    address: int
+    code: bytes
+
+
+class EmulatorFailed(msgspec.Struct, frozen=True):
+    """The software CPU gave up, for no reason that the guest gave it.
+
+    Attributes:
+        address: where it was, in the guest's address space.
+        code: the bytes from there on, as far as they can be read.
+        error: what the emulator says.
+    """
+
+    address: int
+    code: bytes
+    error: str
+
+
 Exit = (
     PortIo
     | Mmio
@@ -152,4 +178,6 @@ Exit = (
     | SystemEvent
     | EmulationFailure
     | UnexpectedExit
+    | UnsupportedInstruction
+    | EmulatorFailed
 )

@@ -76,6 +76,11 @@ _GENERAL = (
 _CPUID_RESULTS = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)
 
 
+def told(error: int) -> str:
+    """Return what an error of the emulator's means."""
+    return f"{UcError(error)}"
+
+
 class Events(Protocol):
     """What an emulator asks and tells while it runs, in the thread that runs it."""
 

@@ -7,10 +7,21 @@ import threading
 from dataclasses import replace
 from typing import Literal
 
-from kvmd.hv.exits import Exit, Halted, Hypercall, Interrupted, MemoryFault, Mmio, PortIo, Shutdown, UnexpectedExit
+from kvmd.hv.exits import (
+    EmulatorFailed,
+    Exit,
+    Halted,
+    Hypercall,
+    Interrupted,
+    MemoryFault,
+    Mmio,
+    PortIo,
+    Shutdown,
+    UnsupportedInstruction,
+)
 from kvmd.hv.vcpu import Registers
 from kvmd.software.attention import Attention
-from kvmd.software.engine import INVALID_INSTRUCTION, RFLAGS_TF, UNMAPPED, Engine
+from kvmd.software.engine import INVALID_INSTRUCTION, RFLAGS_TF, UNMAPPED, Engine, told
 from kvmd.software.instruction import LONGEST, hypercall_length, may_be_an_extension, string_io
 from kvmd.software.interception import Ended, Interception
 from kvmd.software.memory import GuestMemory, page_of, page_start
@@ -276,7 +287,7 @@ class SoftwareVcpu:
             return None
         if engine.cpl() == 0 and self._code(rip - 1)[:1] == bytes([_HLT]):
             return Halted()
-        return self._cannot(rip, f"the emulator failed, with error {error}")
+        return EmulatorFailed(rip, self._code(rip), told(error))
 
     # --- what the emulator leaves to kvmd
 
@@ -338,7 +349,7 @@ class SoftwareVcpu:
 
     def _on_watched(self, engine: Engine, rip: int) -> Exit | None:
         if any(True for _ in vector_instructions(self._code(rip), 1)):
-            return self._cannot(rip, "the software CPU does not know it")
+            return UnsupportedInstruction(rip, self._code(rip))
         engine.unwatch(rip)  # what was there has been written over
         return None
 
@@ -355,18 +366,14 @@ class SoftwareVcpu:
             self._read = Hypercall(_MAP_GPA_RANGE, (registers.rbx, registers.rcx, registers.rdx))
             return self._read
         if may_be_an_extension(code):
-            return self._cannot(rip, "the software CPU does not know it")
+            return UnsupportedInstruction(rip, self._code(rip))
         return Shutdown()
 
     def _on_system_call(self) -> Exit:
         rip = self._events.port_at
         if self._code(rip)[:2] != _SYSCALL:
             return Shutdown()  # SYSENTER without a kernel's code segment
-        return self._cannot(rip, "the software CPU cannot make system calls")
-
-    def _cannot(self, rip: int, why: str) -> UnexpectedExit:
-        code = self._code(rip).hex(" ") or "which cannot be read"
-        return UnexpectedExit("unsupported instruction", f"{why}: instruction at {rip:#x} ({code})")
+        return UnsupportedInstruction(rip, self._code(rip))
 
     def _code(self, address: int) -> bytes:
         """Return the bytes at a virtual address, as far as they can be read and no more than an instruction has."""
