@@ -231,13 +231,17 @@ class InstantProtection:
     def discard(self, range_: GpaRange, side: PageState) -> None:
         """Do nothing."""
 
-    def can_access(self, state: PageState) -> bool:  # noqa: ARG002 - as above
+    def asks_by_address(self) -> bool:
         """Say yes."""
         return True
 
     def access(self, state: PageState, access: MmioAccess) -> bytes:  # noqa: ARG002 - as above
         """Answer a load with zeros."""
         return bytes(access.size) if access.data is None else b""
+
+    def access_in_place(self, access: MmioAccess) -> bytes | None:  # noqa: ARG002 - as above
+        """Make none."""
+        return None
 
     def diagnose(self, range_: GpaRange, state: PageState) -> str:  # noqa: ARG002 - the protocol has it
         """Know nothing."""

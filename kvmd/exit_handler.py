@@ -156,7 +156,8 @@ class ExitHandler:
         answer = self._implicit(gpa, fault.size, to)
         if answer.stop is not None:
             return self._with_registers(self._diagnosed(answer.stop, gpa, fault.size, to))
-        if self._watch.fault():
+        # A stale or spurious fault only lost a race, which says nothing of its instruction.
+        if answer.outcome is Outcome.CONVERTED and self._watch.fault():
             return self._stop(
                 StopReason.NO_PROGRESS,
                 f"one instruction faults again and again without completing, last for gpa {gpa:#x} to {to.value}: it "
@@ -172,19 +173,25 @@ class ExitHandler:
             if not exit_.is_write:
                 self._vcpu.complete_read(b"\xff" * exit_.size)
             return Next.COMPLETE
-        if not self._protection.can_access(state):
-            return self._stop(
-                StopReason.EMULATION_FAILURE,
-                f"KVM leaves an access to {state.value} memory to kvmd, which only the guest can make: gpa {gpa:#x} "
-                f"size {exit_.size:#x}; no memslot is there, or the instruction is one that KVM emulates",
-            )
         # KVM splits an access at pages, so this one lies within one.
         access = MmioAccess(gpa, exit_.size, exit_.data if exit_.is_write else None)
-        answer = self._implicit(gpa, exit_.size, state, access)
-        if answer.stop is not None:
-            return self._with_registers(answer.stop)
+        data: bytes | None
+        if self._protection.asks_by_address():
+            answer = self._implicit(gpa, exit_.size, state, access)
+            if answer.stop is not None:
+                return self._with_registers(answer.stop)
+            data = answer.data
+        else:
+            # No request: what the page's state was when KVM looked is no wish to have it back.
+            data = self._protection.access_in_place(access)
+            if data is None:
+                return self._stop(
+                    StopReason.EMULATION_FAILURE,
+                    f"KVM leaves an access to private memory to kvmd, which only the guest can make: gpa {gpa:#x} "
+                    f"size {exit_.size:#x}; no memslot is there, or the instruction is one that KVM emulates",
+                )
         if not exit_.is_write:
-            self._vcpu.complete_read(answer.data)
+            self._vcpu.complete_read(data)
         return Next.COMPLETE
 
     def _on_port(self, exit_: PortIo) -> Next | VcpuResult:

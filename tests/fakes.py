@@ -28,7 +28,7 @@ class RecordingProtection:
     threads: list[int] = field(default_factory=list)
     fail_apply: deque[Applied] = field(default_factory=deque)
     fail_discard: deque[bool] = field(default_factory=deque)
-    inaccessible: frozenset[PageState] = frozenset()
+    in_place: Callable[[MmioAccess], bytes | None] | None = None
     before_apply: Callable[[GpaRange], None] | None = None
 
     def __post_init__(self) -> None:
@@ -63,9 +63,9 @@ class RecordingProtection:
         for gpa in [gpa for gpa in self.sides[side] if range_.start <= gpa < range_.end]:
             del self.sides[side][gpa]
 
-    def can_access(self, state: PageState) -> bool:
-        """Tell what was set."""
-        return state not in self.inaccessible
+    def asks_by_address(self) -> bool:
+        """Tell that the C-bit asks, unless accesses are made in place."""
+        return self.in_place is None
 
     def access(self, state: PageState, access: MmioAccess) -> bytes:
         """Read or write single bytes of a side."""
@@ -74,6 +74,10 @@ class RecordingProtection:
         for index, value in enumerate(access.data):
             self.sides[state][access.gpa + index] = bytes([value])
         return b""
+
+    def access_in_place(self, access: MmioAccess) -> bytes | None:
+        """Answer as told."""
+        return None if self.in_place is None else self.in_place(access)
 
     def diagnose(self, range_: GpaRange, state: PageState) -> str:
         """Return something to look for."""

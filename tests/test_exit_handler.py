@@ -104,9 +104,25 @@ def test_an_answer_that_stops_the_machine_ends_the_thread() -> None:
     assert (stop.reason, stop.message) == (STOP.reason, STOP.message)
 
 
+def test_an_access_in_place_asks_for_nothing() -> None:
+    rig = Rig()
+    made: list[MmioAccess] = []
+
+    def make(access: MmioAccess) -> bytes:
+        made.append(access)
+        return b"" if access.data is not None else bytes(range(access.size))
+
+    rig.protection.in_place = make
+    assert rig.answer(Mmio(PAGE + 8, 4, is_write=False, data=b"")) is Next.COMPLETE
+    assert rig.vcpu.read == bytes(range(4))
+    assert rig.answer(Mmio(PAGE, 2, is_write=True, data=b"ab")) is Next.COMPLETE
+    assert made == [MmioAccess(PAGE + 8, 4, None), MmioAccess(PAGE, 2, b"ab")]
+    assert rig.service.requests == []
+
+
 def test_an_access_that_only_the_guest_can_make_stops_the_machine() -> None:
     rig = Rig()
-    rig.protection.inaccessible = frozenset({PageState.PRIVATE})
+    rig.protection.in_place = lambda _access: None
     stop = rig.stop(Mmio(PAGE | C_BIT, 8, is_write=False, data=b""))
     assert stop.reason is StopReason.EMULATION_FAILURE
     assert "an access to private memory" in stop.message

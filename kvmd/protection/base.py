@@ -46,11 +46,21 @@ class Protection(Protocol):
             BackendError: the host refused; nothing else changed.
         """
 
-    def can_access(self, state: PageState) -> bool:
-        """Tell whether ``access`` works in that state: not where only the guest itself can."""
+    def asks_by_address(self) -> bool:
+        """Tell whether an address names a view, so that an access asks for the page to be in that state.
+
+        Only then is an access that KVM leaves to kvmd a request, and made by ``access`` once the page is converted.
+        """
 
     def access(self, state: PageState, access: MmioAccess) -> bytes:
         """Make a guest's own access, on the live side, and return what a load read."""
+
+    def access_in_place(self, access: MmioAccess) -> bytes | None:
+        """Make a guest's own access where an address names no view, in the state that the page is in.
+
+        Converts nothing. Returns what a load read, or None where only the guest itself could make it. From any
+        thread that does not hold the memory lock.
+        """
 
     def diagnose(self, range_: GpaRange, state: PageState) -> str:
         """Return what may keep an access to memory from succeeding that is in the state it needs; may be empty.

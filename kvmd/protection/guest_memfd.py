@@ -100,16 +100,25 @@ class GuestMemfdProtection(Generic[M]):
         elif self._memfd is not None:
             self._memfd.punch_hole(range_.start, range_.size_bytes)
 
-    def can_access(self, state: PageState) -> bool:
-        """Tell that only shared memory can be accessed."""
-        return state is PageState.SHARED
+    def asks_by_address(self) -> bool:
+        """Tell that an access is no wish to convert."""
+        return False
 
-    def access(self, state: PageState, access: MmioAccess) -> bytes:  # noqa: ARG002 - see can_access
+    def access(self, state: PageState, access: MmioAccess) -> bytes:  # noqa: ARG002 - only shared memory has a host side
         """Make a guest's own access to shared memory."""
         if access.data is None:
             return self._shared.read(access.gpa, access.size)
         self._shared.write(access.gpa, access.data)
         return b""
+
+    def access_in_place(self, access: MmioAccess) -> bytes | None:
+        """Make a guest's own access where the page is shared; None where it is private, perhaps only just.
+
+        Under the memory lock: another vCPU's conversion comes wholly before it, or wholly after.
+        """
+        with self._lock:
+            state = self._state.segment_at(access.gpa).state
+            return self.access(state, access) if state is PageState.SHARED else None
 
     def diagnose(self, range_: GpaRange, state: PageState) -> str:
         """Return what may keep an access to memory from succeeding although it is in the right state."""

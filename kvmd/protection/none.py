@@ -39,13 +39,17 @@ class NoProtection:
     def discard(self, range_: GpaRange, side: PageState) -> None:
         """Do nothing: no side is ever left behind."""
 
-    def can_access(self, state: PageState) -> bool:  # noqa: ARG002 - the protocol has it
-        """Tell that an access can be answered."""
-        return True
+    def asks_by_address(self) -> bool:
+        """Tell that there is nothing to ask for."""
+        return False
 
     def access(self, state: PageState, access: MmioAccess) -> bytes:  # noqa: ARG002 - the protocol has it
         """Answer like an address that nothing backs; KVM does not ask for memory that a memslot backs."""
         return b"" if access.data is not None else b"\xff" * access.size
+
+    def access_in_place(self, access: MmioAccess) -> bytes:
+        """Answer likewise."""
+        return self.access(PageState.SHARED, access)
 
     def diagnose(self, range_: GpaRange, state: PageState) -> str:  # noqa: ARG002 - the protocol has them
         """Return nothing: there is nothing to be said."""

@@ -61,8 +61,8 @@ class TwoViews:
         """Give the memory behind one side of the range back to the host. Raises BackendError."""
         self._backings[side].discard(range_)
 
-    def can_access(self, state: PageState) -> bool:  # noqa: ARG002 - the protocol has it
-        """Tell that both sides can be accessed: the host has the memory of both."""
+    def asks_by_address(self) -> bool:
+        """Tell that an access asks for the view that its address names."""
         return True
 
     def access(self, state: PageState, access: MmioAccess) -> bytes:
@@ -72,3 +72,7 @@ class TwoViews:
             return backing.read(access.gpa, access.size)
         backing.write(access.gpa, access.data)
         return b""
+
+    def access_in_place(self, access: MmioAccess) -> bytes | None:  # noqa: ARG002 - the protocol has it
+        """Make none: without its view, an access says too little."""
+        return None

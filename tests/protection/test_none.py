@@ -40,6 +40,8 @@ def test_nothing_converts(protection: Protection, to: PageState) -> None:
 def test_an_access_finds_an_address_that_nothing_backs(protection: Protection) -> None:
     assert protection.access(PageState.SHARED, MmioAccess(0x1000, 4, None)) == b"\xff" * 4
     assert protection.access(PageState.SHARED, MmioAccess(0x1000, 4, b"abcd")) == b""
+    assert not protection.asks_by_address()
+    assert protection.access_in_place(MmioAccess(0x1000, 4, None)) == b"\xff" * 4
 
 
 def test_the_rest_does_nothing() -> None:
