@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import select
 import shutil
 import signal
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -277,28 +277,22 @@ def test_what_stops_the_script_stops_the_lab_and_leaves_nothing(lab: Bench) -> N
         [lab.repository / "lab" / "run", "true"], stdout=subprocess.PIPE, text=True, env=lab.environment({})
     ) as running:
         assert running.stdout is not None
-        sleeper = int(running.stdout.readline())
+        sleeper = os.pidfd_open(int(running.stdout.readline()))
         arguments = lab.seen.splitlines()
         session = Path(arguments[arguments.index("--rwdir") + 1])
         assert session.is_dir()
         running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=60) == 128 + signal.SIGTERM
     assert not session.exists()
-    assert gone(sleeper)
+    assert ends(sleeper)
+    os.close(sleeper)
 
 
-def gone(pid: int, patience_s: float = 10) -> bool:
-    """Wait until the process is no more, or dead and only waits for its parent."""
-    end = time.monotonic() + patience_s
-    while time.monotonic() < end:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.01)
-    return False
+def ends(pidfd: int, patience_s: float = 10) -> bool:
+    """Wait until the process has ended, whoever is to collect it."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(patience_s * 1000))
 
 
 # lab/test
@@ -363,7 +357,10 @@ def test_the_tests_insist_on_what_the_lab_has_and_keep_nothing(lab: Bench) -> No
     assert lab.call("test", KVMD_TEST_KVM="off").status == 0
     environment, command = lab.seen.splitlines()
     assert environment == "required required /tmp 1"
-    assert command.startswith("/run/hypothesis -m pytest -p no:cacheprovider --color=no tests/lab tests/kvm ")
+    assert command == (
+        "/run/hypothesis -m pytest -p no:cacheprovider --color=no tests/lab tests/kvm tests/protection "
+        "-m kvm or private_memory"
+    )
     lab.call("test", "tests/some", "-k", "this or that")
     assert lab.seen.splitlines()[1].endswith("--color=no tests/some -k this or that")
 
@@ -371,11 +368,50 @@ def test_the_tests_insist_on_what_the_lab_has_and_keep_nothing(lab: Bench) -> No
 def test_the_tests_of_the_lab_are_there() -> None:
     text = (REPOSITORY / "lab" / "test").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("readonly TESTS=(")]
-    paths = line.removeprefix("readonly TESTS=(").removesuffix(")").split()
-    assert paths
-    for path in paths:
+    paths, marks = line.removeprefix("readonly TESTS=(").removesuffix(")").split(" -m ")
+    assert marks == '"kvm or private_memory"'
+    for path in paths.split():
         place = REPOSITORY / path
         assert place.is_file() or any(place.glob("test_*.py")), f"{path}: there is no test"
+
+
+# .ci/run
+
+
+@pytest.fixture
+def ci(bench: Bench) -> Bench:
+    """Return a bench with CI's script, whose make writes down what it is asked."""
+    shutil.copytree(REPOSITORY / ".ci", bench.repository / ".ci")
+    bench.stand_in("make", RECORD)
+    return bench
+
+
+USUAL = ["make check", "make demo", "make test"]
+
+
+def test_ci_runs_the_labs_tests_where_a_kernel_is_at_hand(ci: Bench) -> None:
+    ci.kernel(ci.build / "bzImage")
+    assert ci.call("../.ci/run").status == 0
+    assert ci.seen.splitlines() == [*USUAL, "make lab-test"]
+
+
+def test_ci_fails_where_a_kernel_is_at_hand_and_the_labs_tests_did_not_run(ci: Bench) -> None:
+    ci.kernel(ci.build / "bzImage")
+    ci.stand_in("make", f'{RECORD}\n[ "$1" != lab-test ]')
+    assert ci.call("../.ci/run").status == 1
+    assert ci.seen.splitlines() == [*USUAL, "make lab-test"]
+
+
+def test_ci_does_without_the_lab_where_there_is_no_kernel_and_says_so(ci: Bench) -> None:
+    ended = ci.call("../.ci/run")
+    assert ended.status == 0
+    assert "no kernel: build one" in ended.err
+    assert ci.seen.splitlines() == USUAL
+
+
+def test_ci_fails_over_a_kernel_that_is_named_and_not_there(ci: Bench) -> None:
+    assert ci.call("../.ci/run", KVMD_LAB_KERNEL="/no/such").status == EX_NOINPUT
+    assert ci.seen.splitlines() == USUAL
 
 
 # lab/setup
