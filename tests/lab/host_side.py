@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections import Counter
-
-import trio
 
 from kvmd.errors import BackendError
 from kvmd.machine import Machine
@@ -22,14 +21,16 @@ ASK_SHARED, ASK_PRIVATE, ASK_ALTERNATE, ASK_PUNCH = range(1, 5)
 GOOD, WRONG_CONTENT, NOT_PRIVATE, NOT_SHARED, NOT_PUNCHED, UNKNOWN = range(6)
 """What the guest prints where it is not ``GOOD``."""
 
-_LOOK_SECONDS = 0.002
+_BELL_PORT = 0x0B
 
 
 class HostSide:
-    """Watches the mailboxes of a machine that runs the conformance guest.
+    """A device of a machine that runs the conformance guest: a vCPU that has put a request into its mailbox rings here.
+
+    It is answered in the vCPU's own thread, while the others go on.
 
     Args:
-        machine: running, or about to.
+        machine: not running yet.
 
     Attributes:
         answered: how many requests of each kind were answered.
@@ -38,29 +39,26 @@ class HostSide:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._first = machine.pinned.end
+        self._lock = threading.Lock()
         self.answered: Counter[int] = Counter()
+        machine.ports.add(_BELL_PORT, 1, self)
 
-    async def run(self) -> None:
-        """Answer until cancelled."""
-        while True:
-            for vcpu in range(self._machine.spec.vcpus):
-                self._look(self._first + vcpu * PAGE_SIZE)
-            await trio.sleep(_LOOK_SECONDS)
+    def read(self, offset: int) -> int:
+        """Say nothing: the bell is only rung."""
+        return offset & 0
 
-    def _look(self, mailbox: int) -> None:
-        memory = self._machine.memory
-        try:
-            data = memory.read(mailbox, _MAILBOX.size)
-        except PrivateMemory:
-            return  # the guest has not come to making it shared
-        request, answer, _, what, gpa, size, expected, replacement = _MAILBOX.unpack(data)
-        if request == answer:
-            return
+    def write(self, offset: int, value: int) -> None:
+        """Answer vCPU ``value``."""
+        assert offset == 0
+        memory, mailbox = self._machine.memory, self._first + value * PAGE_SIZE
+        request, answer, _, what, gpa, size, expected, replacement = _MAILBOX.unpack(
+            memory.read(mailbox, _MAILBOX.size)
+        )
+        assert request == answer + 1
         status = self._answer(what, gpa, size, expected, replacement)
-        self.answered[what] += 1
-        # The status first: the guest looks at it once the answer's number is right.
-        memory.write(mailbox + _ANSWER_OFFSET + 8, status.to_bytes(8, "little"))
-        memory.write(mailbox + _ANSWER_OFFSET, request.to_bytes(8, "little"))
+        with self._lock:
+            self.answered[what] += 1
+        memory.write(mailbox + _ANSWER_OFFSET, struct.pack("<QQ", request, status))
 
     def _answer(self, what: int, gpa: int, size: int, expected: int, replacement: int) -> int:
         if what == ASK_SHARED:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import trio
 
 from kvmd.protection import attribute_views, guest_memfd
 from kvmd.stop import StopReason
 from kvmd.units import MIB, TIB
 from tests.lab.host_side import ASK_ALTERNATE, ASK_PRIVATE, ASK_PUNCH, ASK_SHARED, HostSide
-from tests.machine.conftest import OpenMachine, Ran, finish
+from tests.machine.conftest import OpenMachine, finish
 
 pytestmark = [pytest.mark.kvm, pytest.mark.private_memory]
 
@@ -26,14 +25,9 @@ async def test_the_guest_and_the_host_find_what_they_should(
     machine = open_machine("conformance", 1, vcpus=vcpus, memory=32 * MIB, **way)
     assert machine.facts["memslots"] == slots(way["protection"], slot_bytes)
     host = HostSide(machine)
-    ran: list[Ran] = []
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(host.run)
-        ran.append(await finish(machine))
-        nursery.cancel_scope.cancel()
-    stop = ran[0].stop
-    assert (stop.reason, stop.status) == (StopReason.GUEST_EXIT, 0), (stop, ran[0].output)
-    assert ran[0].output == f"conformance: {vcpus} vCPUs: every byte as it should be\n"
+    ran = await finish(machine)
+    assert (ran.stop.reason, ran.stop.status) == (StopReason.GUEST_EXIT, 0), (ran.stop, ran.output)
+    assert ran.output == f"conformance: {vcpus} vCPUs: every byte as it should be\n"
     ranges = 5 * vcpus
     assert host.answered == {
         ASK_SHARED: ranges + vcpus,

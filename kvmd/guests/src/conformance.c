@@ -3,12 +3,14 @@
  *
  * Each vCPU has a mailbox page, which is shared, and after all mailboxes 4 MiB of its own, from a multiple of 2 MiB on.
  * The part that is tested is 2 MiB and a page long. To have something done on the host's side, a vCPU writes what into
- * its mailbox, moves the request number, and waits for the answer number to follow. */
+ * its mailbox, moves the request number, rings at a port with its own number, and waits for the answer number to
+ * follow. */
 #include "lib.h"
 
 #define MIB (1ull << 20)
 #define DATA_SIZE (2 * MIB + PAGE_SIZE)
 #define REGION_SIZE (4 * MIB)
+#define PORT_BELL 0x0B
 
 /* What can be asked of the host, for [gpa, gpa + size). A byte pattern fills every byte. */
 #define ASK_SHARED 1    /* find `expected` everywhere, then write `replacement` */
@@ -104,6 +106,7 @@ static bool ask_host(u64 vcpu, u64 what, u64 gpa, u64 size, u8 expected, u8 repl
 	box->expected = expected;
 	box->replacement = replacement;
 	box->request++;
+	outb(PORT_BELL, vcpu);
 	while (box->answer != box->request)
 		relax();
 	if (box->status == 0)
