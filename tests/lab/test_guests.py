@@ -10,6 +10,7 @@ import pytest
 from kvmd import hardware
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.errors import MissingCapability
+from kvmd.kvm import uapi
 from kvmd.machine import Machine
 from kvmd.memory.accessor import PrivateMemory
 from kvmd.protection.guest_memfd import GuestMemfdProtection
@@ -162,6 +163,30 @@ async def test_a_fault_that_no_conversion_mends_ends_in_a_diagnosis(open_machine
     ran = await finish(without_its_memslot(open_machine, "hostile", 12))
     assert (ran.stop.reason, ran.stop.status) == (StopReason.NO_PROGRESS, ExitStatus.GUEST_FAULT)
     assert "is private already, and the access still fails: its memslot is gone" in ran.stop.message
+
+
+async def test_private_memory_without_a_guest_memfd_ends_in_a_diagnosis(open_machine: OpenMachine) -> None:
+    """Its slot is made anew under the machine, and nothing stands behind its private pages any more."""
+    machine = open_machine("hostile", 12, memory=8 * MIB, protection="guest-memfd")
+    protection = machine._hardware.protection
+    assert isinstance(protection, GuestMemfdProtection)
+    range_ = protection._slots[1]
+    protection._vm.delete_memory_region(1)
+    protection._vm.set_memory_region(1, range_.start, range_.size_bytes, protection._shared.address_of(range_.start))
+    ran = await finish(machine)
+    assert (ran.stop.reason, ran.stop.status) == (StopReason.NO_PROGRESS, ExitStatus.GUEST_FAULT)
+    assert "is private already, and the access still fails: its guest_memfd has no page for it" in ran.stop.message
+
+
+async def test_a_private_access_to_memory_that_never_converts_ends_in_a_diagnosis(open_machine: OpenMachine) -> None:
+    """An attribute that kvmd did not set, on pinned memory, whose slot has no guest_memfd."""
+    machine = open_machine("hello", memory=8 * MIB, protection="guest-memfd")
+    protection = machine._hardware.protection
+    assert isinstance(protection, GuestMemfdProtection)
+    protection._vm.set_memory_attributes(machine.pinned, uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+    ran = await finish(machine)
+    assert (ran.stop.reason, ran.stop.status) == (StopReason.PINNED_MEMORY, ExitStatus.GUEST_FAULT)
+    assert ran.converted(cause=Cause.IMPLICIT, to=PRIVATE) == 0
 
 
 async def test_private_memory_that_kvm_takes_for_a_device_is_no_device(open_machine: OpenMachine) -> None:

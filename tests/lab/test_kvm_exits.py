@@ -4,64 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import replace
 
 import pytest
 
 from kvmd.errors import BackendError
-from kvmd.hv.exits import Exit, MemoryFault, PortIo
-from kvmd.hv.vcpu import Registers
+from kvmd.hv.exits import MemoryFault, PortIo
 from kvmd.kvm import uapi
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
 from kvmd.ranges import GpaRange
-from tests.protection.test_vm_contract import GPA, PAGE, OnKvm
+from tests.protection.on_kvm import GPA, LOAD_AND_COUNT, PAGE, OnKvm, on_kvm
 
 pytestmark = [pytest.mark.kvm, pytest.mark.private_memory]
 
 PRIVATE = uapi.KVM_MEMORY_ATTRIBUTE_PRIVATE
-LOAD_FOR_EVER = b"\x8a\x03\xeb\xfc"  # 1: mov al, [rbx]; jmp 1b
-
-
-class Guest(OnKvm):
-    """The contract tests' guest in a VM whose pages have attributes."""
-
-    def exit_at(self, gpa: int) -> Exit:
-        """Let the guest load a byte there and return why it left."""
-        self._vcpu.set_registers(replace(self._vcpu.registers(), rbx=gpa))
-        return self._vcpu.run()
-
-    def put(self, code: bytes, *, rbx: int) -> None:
-        ctypes.memmove(self.address - self._RAM_BYTES + self._CODE, code, len(code))
-        self._vcpu.set_registers(Registers(rip=self._CODE, rbx=rbx, rflags=0x3002))
-
-    def run(self) -> Exit:
-        return self._vcpu.run()
 
 
 @pytest.fixture
-def guest(kvm: Kvm, protected_vm: Vm) -> Iterator[Guest]:
-    memory = mmap.mmap(-1, OnKvm._RAM_BYTES + 64 * PAGE)
-    view = ctypes.c_char.from_buffer(memory)
-    try:
-        with closing(Guest(kvm, protected_vm, ctypes.addressof(view))) as guest:
-            yield guest
-    finally:
-        del view
-        protected_vm.close()
-        memory.close()
+def guest(kvm: Kvm, protected_vm: Vm) -> Iterator[OnKvm]:
+    """Yield the contract tests' guest in a VM whose pages have attributes."""
+    with on_kvm(kvm, protected_vm) as guest:
+        yield guest
 
 
 def page(number: int) -> GpaRange:
     return GpaRange.of_size(GPA + number * PAGE, PAGE)
 
 
-def test_a_private_access_to_a_slot_without_guest_memfd(protected_vm: Vm, guest: Guest) -> None:
+def test_a_private_access_to_a_slot_without_guest_memfd(protected_vm: Vm, guest: OnKvm) -> None:
     guest.set(0, GPA, 4 * PAGE, guest.address)
     protected_vm.set_memory_attributes(page(1), PRIVATE)
     assert isinstance(guest.exit_at(GPA), PortIo)
@@ -72,15 +44,15 @@ def test_a_private_access_to_a_slot_without_guest_memfd(protected_vm: Vm, guest:
     assert isinstance(guest.exit_at(GPA + PAGE), PortIo)
 
 
-def test_a_private_access_to_a_slot_that_is_deleted_meanwhile(protected_vm: Vm, guest: Guest) -> None:
+def test_a_private_access_to_a_slot_that_is_deleted_meanwhile(protected_vm: Vm, guest: OnKvm) -> None:
     protected_vm.set_memory_attributes(GpaRange.of_size(GPA, 4 * PAGE), PRIVATE)
     with protected_vm.create_guest_memfd(4 * PAGE) as memfd:
         guest.set(0, GPA, 4 * PAGE, guest.address, memfd=memfd)
         assert isinstance(guest.exit_at(GPA + PAGE), PortIo)
-        guest.put(LOAD_FOR_EVER, rbx=GPA + PAGE)
+        guest.put(LOAD_AND_COUNT, rbx=GPA + PAGE)
 
         def delete() -> None:
-            time.sleep(0.2)
+            guest.wait_for_count(1000)
             guest.delete(0)
 
         deleter = threading.Thread(target=delete)
@@ -90,7 +62,7 @@ def test_a_private_access_to_a_slot_that_is_deleted_meanwhile(protected_vm: Vm, 
         deleter.join()
 
 
-def test_attributes_outlive_a_slot(protected_vm: Vm, guest: Guest) -> None:
+def test_attributes_outlive_a_slot(protected_vm: Vm, guest: OnKvm) -> None:
     protected_vm.set_memory_attributes(page(0), PRIVATE)
     for _ in range(2):
         guest.set(0, GPA, PAGE, guest.address)
@@ -109,7 +81,7 @@ def test_holes_have_attributes_too_and_unknown_ones_are_refused(protected_vm: Vm
             protected_vm.set_memory_attributes(page(0), attributes)
 
 
-def test_what_the_attribute_says_is_what_the_guest_finds(protected_vm: Vm, guest: Guest) -> None:
+def test_what_the_attribute_says_is_what_the_guest_finds(protected_vm: Vm, guest: OnKvm) -> None:
     ctypes.memset(guest.address, 0x5A, 2 * PAGE)
     with protected_vm.create_guest_memfd(2 * PAGE) as memfd:
         guest.set(0, GPA, 2 * PAGE, guest.address, memfd=memfd)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from typing import Protocol
@@ -12,19 +10,12 @@ from typing import Protocol
 import pytest
 
 from kvmd.errors import BackendError
-from kvmd.kvm.guest_memfd import GuestMemfd
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
 from kvmd.protection.attributes import PRIVATE
 from kvmd.ranges import GPA_LIMIT, GpaRange
 from tests.protection.fakes import FakeMemfd, FakeVm
-from tests.protection.test_vm_contract import GPA, PAGE, OnKvm
-
-
-class Memfd(Protocol):
-    def close(self) -> None: ...
-
-    def punch_hole(self, offset: int, size: int) -> None: ...
+from tests.protection.on_kvm import GPA, PAGE, Memfd, OnKvm, on_kvm
 
 
 class Subject(Protocol):
@@ -41,46 +32,43 @@ class Subject(Protocol):
     def found(self, page: int) -> str: ...
 
 
-class OnFake:
+class OnAny:
+    """What both VMs do alike."""
+
+    def __init__(self, vm: Vm | FakeVm) -> None:
+        self._vm = vm
+
+    def delete(self, number: int) -> None:
+        self._vm.delete_memory_region(number)
+
+    def memfd(self, pages: int) -> Memfd:
+        return self._vm.create_guest_memfd(pages * PAGE)
+
+    def mark(self, range_: GpaRange, attributes: int) -> None:
+        self._vm.set_memory_attributes(range_, attributes)
+
+
+class OnFake(OnAny):
     def __init__(self) -> None:
-        self._vm = FakeVm(64, software_protected=True)
+        self._fake = FakeVm(64, software_protected=True)
+        super().__init__(self._fake)
 
     def slot(self, number: int, first: int, pages: int, memfd: Memfd | None = None) -> None:
         assert memfd is None or isinstance(memfd, FakeMemfd)
-        self._vm.set_memory_region(number, GPA + first * PAGE, pages * PAGE, 0x7000_0000_0000, 0, memfd)
-
-    def delete(self, number: int) -> None:
-        self._vm.delete_memory_region(number)
-
-    def memfd(self, pages: int) -> Memfd:
-        return self._vm.create_guest_memfd(pages * PAGE)
-
-    def mark(self, range_: GpaRange, attributes: int) -> None:
-        self._vm.set_memory_attributes(range_, attributes)
+        self._fake.set_memory_region(number, GPA + first * PAGE, pages * PAGE, 0x7000_0000_0000, 0, memfd)
 
     def found(self, page: int) -> str:
-        found = self._vm.access(GPA + page * PAGE)
+        found = self._fake.access(GPA + page * PAGE)
         return "memory" if found in {"live", "private"} else found
 
 
-class OnRealKvm:
+class OnRealKvm(OnAny):
     def __init__(self, vm: Vm, guest: OnKvm) -> None:
-        self._vm = vm
+        super().__init__(vm)
         self._guest = guest
 
     def slot(self, number: int, first: int, pages: int, memfd: Memfd | None = None) -> None:
-        assert memfd is None or isinstance(memfd, GuestMemfd)
-        address = self._guest.address + first * PAGE
-        self._vm.set_memory_region(number, GPA + first * PAGE, pages * PAGE, address, guest_memfd=memfd)
-
-    def delete(self, number: int) -> None:
-        self._vm.delete_memory_region(number)
-
-    def memfd(self, pages: int) -> Memfd:
-        return self._vm.create_guest_memfd(pages * PAGE)
-
-    def mark(self, range_: GpaRange, attributes: int) -> None:
-        self._vm.set_memory_attributes(range_, attributes)
+        self._guest.set(number, GPA + first * PAGE, pages * PAGE, self._guest.address + first * PAGE, memfd=memfd)
 
     def found(self, page: int) -> str:
         found = self._guest.access(GPA + page * PAGE)
@@ -94,15 +82,8 @@ def on(request: pytest.FixtureRequest) -> Iterator[Subject]:
         return
     kvm: Kvm = request.getfixturevalue("kvm")
     vm: Vm = request.getfixturevalue("protected_vm")
-    memory = mmap.mmap(-1, OnKvm._RAM_BYTES + 64 * PAGE)
-    view = ctypes.c_char.from_buffer(memory)
-    try:
-        with closing(OnKvm(kvm, vm, ctypes.addressof(view))) as guest:
-            yield OnRealKvm(vm, guest)
-    finally:
-        del view
-        vm.close()
-        memory.close()
+    with on_kvm(kvm, vm) as guest:
+        yield OnRealKvm(vm, guest)
 
 
 def pages(first: int, end: int) -> GpaRange:

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
-import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import replace
 from typing import Protocol
 
 import pytest
 
 from kvmd.errors import BackendError
-from kvmd.hv.exits import MemoryFault, Mmio, PortIo
-from kvmd.hv.vcpu import Registers
-from kvmd.kvm import uapi
-from kvmd.kvm.fault_layout import MERGED
-from kvmd.kvm.guest_memfd import GuestMemfd
-from kvmd.kvm.system import Kvm
-from kvmd.kvm.vcpu import KvmVcpu
-from kvmd.kvm.vm import Vm
-from tests.gate import Facility, require
 from tests.protection.fakes import FakeMemfd, FakeVm
-
-PAGE = 0x1000
-GPA = 0x200000
-"""The guest of the real VM reaches [2 MiB, 4 MiB); what is below is its own."""
-TRIPWIRE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
-
-
-class Memfd(Protocol):
-    def close(self) -> None: ...
+from tests.protection.on_kvm import GPA, PAGE, TRIPWIRE, Memfd, on_kvm
 
 
 class Subject(Protocol):
@@ -43,7 +22,7 @@ class Subject(Protocol):
 
     @property
     def address(self) -> int:
-        """Host memory of 64 pages for the guest."""
+        """Host memory of ``PAGES`` pages for the guest."""
 
     def set(
         self,
@@ -95,96 +74,14 @@ class OnFake:
         return self._vm.access(gpa)
 
 
-class OnKvm:
-    """The real VM, with a guest that loads a byte from RBX, says so at a port, and starts again."""
-
-    _RAM_BYTES = 1 << 20
-    _PML4, _PDPT, _PD, _CODE = 0x1000, 0x2000, 0x3000, 0x10000
-    _LOAD_AND_SAY = b"\x8a\x03\xe6\x12\xeb\xfa"  # 1: mov al, [rbx]; out 0x12, al; jmp 1b
-
-    def __init__(self, kvm: Kvm, vm: Vm, memory: int) -> None:
-        self._vm = vm
-        # The guest's own slot has the last number, so that the tests have those from 0.
-        self.slot_count = vm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS)
-        self.address = memory + self._RAM_BYTES
-        for place, entry in (
-            (self._PML4, self._PDPT | 7),
-            (self._PDPT, self._PD | 7),
-            (self._PD, 0x87),
-            (self._PD + 8, GPA | 0x87),
-        ):
-            ctypes.memmove(memory + place, struct.pack("<Q", entry), 8)
-        ctypes.memmove(memory + self._CODE, self._LOAD_AND_SAY, len(self._LOAD_AND_SAY))
-        vm.set_memory_region(self.slot_count - 1, 0, self._RAM_BYTES, memory)
-        self._vcpu: KvmVcpu = vm.create_vcpu(0, MERGED)
-        self._vcpu.set_cpuid(kvm.supported_cpuid())
-        self._vcpu.set_long_mode(cr3=self._PML4, cpl=3)
-        self._vcpu.set_registers(Registers(rip=self._CODE, rflags=0x3002))
-        self._vcpu.prepare_thread()
-
-    def set(
-        self,
-        slot: int,
-        gpa: int,
-        size: int,
-        address: int,
-        *,
-        flags: int = 0,
-        memfd: Memfd | None = None,
-        offset: int = 0,
-    ) -> None:
-        assert memfd is None or isinstance(memfd, GuestMemfd)
-        self._vm.set_memory_region(slot, gpa, size, address, flags, memfd, offset)
-
-    def delete(self, slot: int) -> None:
-        self._vm.delete_memory_region(slot)
-
-    def memfd(self, size: int, flags: int = TRIPWIRE) -> Memfd:
-        offered = self._vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
-        require(
-            Facility.KVM,
-            None if offered & TRIPWIRE == TRIPWIRE else f"KVM_CAP_GUEST_MEMFD_FLAGS is {offered}: no tripwires",
-        )
-        return self._vm.create_guest_memfd(size, flags)
-
-    def access(self, gpa: int) -> str:
-        vcpu = self._vcpu
-        vcpu.set_registers(replace(vcpu.registers(), rbx=gpa))
-        match vcpu.run():
-            case PortIo():
-                return "live"
-            case MemoryFault(gpa=at):
-                assert at == gpa & ~(PAGE - 1)
-                return "tripwire"
-            case Mmio(gpa=at):
-                assert at == gpa
-                vcpu.complete_read(b"\xff")
-                # The load ends, and the guest comes to its port.
-                assert isinstance(vcpu.run(), PortIo)
-                return "hole"
-            case other:
-                raise AssertionError(other)
-
-    def close(self) -> None:
-        self._vcpu.release_thread()
-        self._vcpu.close()
-
-
 @pytest.fixture(params=["fake", pytest.param("kvm", marks=pytest.mark.kvm)])
 def on(request: pytest.FixtureRequest) -> Iterator[Subject]:
     if request.param == "fake":
         yield OnFake()
         return
     kvm, vm = request.getfixturevalue("kvm"), request.getfixturevalue("vm")
-    memory = mmap.mmap(-1, OnKvm._RAM_BYTES + 64 * PAGE)
-    view = ctypes.c_char.from_buffer(memory)
-    try:
-        with closing(OnKvm(kvm, vm, ctypes.addressof(view))) as subject:
-            yield subject
-    finally:
-        del view
-        vm.close()
-        memory.close()
+    with on_kvm(kvm, vm) as subject:
+        yield subject
 
 
 def refused(*numbers: int) -> AbstractContextManager[pytest.ExceptionInfo[BackendError]]:
