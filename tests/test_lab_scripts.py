@@ -445,11 +445,26 @@ def test_setup_installs_virtme_ng_again_when_its_lock_changed(host: Bench) -> No
     lock = host.repository / "requirements" / "lab.txt"
     lock.write_text("virtme-ng==2 --hash=sha256:00\n")
     assert host.call("setup").status == 0
-    made, filled = host.seen.splitlines()
+    asked, made, filled = host.seen.splitlines()
+    assert asked == "python3 -c import ensurepip"
     assert made == f"python3 -m venv --clear {host.build}/venv"
     assert filled.startswith("pip install ")
     assert filled.endswith(f"--require-hashes -r {lock}")
     assert (host.build / "venv" / "lab.txt").read_text() == lock.read_text()
+
+
+def test_setup_installs_what_virtual_environments_need(host: Bench) -> None:
+    installed(host)
+    host.stand_in("pip", RECORD, host.build / "venv" / "bin")
+    host.stand_in("id", "echo 0")
+    host.stand_in("python3", f'{RECORD}\n[ "$1" != -c ]')
+    (host.build / "venv" / "lab.txt").unlink()
+    assert host.call("setup").status == 0
+    assert host.seen.splitlines()[1:4] == [
+        "apt-get update -qq",
+        "apt-get install -qq -y --no-install-recommends python3-venv",
+        f"python3 -m venv --clear {host.build}/venv",
+    ]
 
 
 APT = """
