@@ -358,7 +358,7 @@ def test_the_tests_insist_on_what_the_lab_has_and_keep_nothing(lab: Bench) -> No
     environment, command = lab.seen.splitlines()
     assert environment == "required required /tmp 1"
     assert command == (
-        "/run/hypothesis -m pytest -p no:cacheprovider --color=no tests/lab tests/kvm tests/protection "
+        "/run/hypothesis -m pytest -p no:cacheprovider --color=no tests/lab tests/kvm tests/hv tests/protection "
         "-m kvm or private_memory"
     )
     lab.call("test", "tests/some", "-k", "this or that")
