@@ -19,7 +19,7 @@ from kvmd.kvm.uapi import KVM_CAP_GUEST_MEMFD_FLAGS
 from kvmd.ranges import GpaRange, PageState
 from kvmd.software.memory import GuestMemory
 from tests.fakes import FakeVcpu
-from tests.gate import Facility, require, require_whole
+from tests.gate import Facility, require
 
 RAM_BYTES = 1 << 20
 PML4, PDPT, PD, HIGH_PD = 0x1000, 0x2000, 0x3000, 0x4000
@@ -155,10 +155,6 @@ class Bench:
 
 
 def _bench(kind: str) -> Iterator[Bench]:
-    if kind == "kvm":
-        require_whole(Facility.KVM)
-    if kind == "software":
-        require_whole(Facility.SOFTWARE)
     bench = Bench(kind)
     try:
         bench.open()
@@ -167,13 +163,17 @@ def _bench(kind: str) -> Iterator[Bench]:
         bench.close()
 
 
-@pytest.fixture(params=["fake", "software", "kvm"])
+_SOFTWARE = pytest.param("software", marks=pytest.mark.software)
+_KVM = pytest.param("kvm", marks=pytest.mark.kvm)
+
+
+@pytest.fixture(params=["fake", _SOFTWARE, _KVM])
 def any_bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """Yield a bench of every kind in turn."""
     yield from _bench(request.param)
 
 
-@pytest.fixture(params=["software", "kvm"])
+@pytest.fixture(params=[_SOFTWARE, _KVM])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """Yield a bench of every kind that runs machine code."""
     yield from _bench(request.param)
