@@ -9,8 +9,6 @@ from typing import Protocol
 
 import trio
 
-from kvmd.nonblocking import NonBlockingWriter
-
 DRAIN_SECONDS = 2.0
 """How long the end of a machine waits for its output to be read."""
 
@@ -31,6 +29,13 @@ class Buffer(Protocol):
         """Call ``wake``, from any thread, when there is something again, and at once where there is."""
 
 
+class Sink(Protocol):
+    """Where a pump writes: ``kvmd.nonblocking.NonBlockingWriter`` is one."""
+
+    async def write(self, data: bytes) -> None:
+        """Write all of ``data``, waiting for room as long as it takes. Raises OSError."""
+
+
 def _nobody() -> None:
     """Wake no one."""
 
@@ -47,7 +52,7 @@ class OutputPump:
         failed: called once, with the first error of a write.
     """
 
-    def __init__(self, buffer: Buffer, writer: NonBlockingWriter, failed: Callable[[OSError], None]) -> None:
+    def __init__(self, buffer: Buffer, writer: Sink, failed: Callable[[OSError], None]) -> None:
         self._buffer = buffer
         self._writer = writer
         self._failed = failed

@@ -11,7 +11,8 @@
     │   └── SlotsExhausted
     ├── MachineStateError an action that the machine's state does not allow
     ├── MachineExists     a machine of that name is there already
-    └── UnknownMachine    there is no machine of that name
+    ├── UnknownMachine    there is no machine of that name
+    └── MachineSilent     a machine's process does not answer
 
 Every message is one line that says what is wrong and how to mend it. A failed system call stays the
 ``__cause__`` of the error that names the operation.
@@ -68,12 +69,14 @@ class MachineStateError(KvmdError):
     """The action needs another state.
 
     Attributes:
+        action: what was to be done.
         needed: the states that the action works in.
         found: the state that the machine is in.
     """
 
     def __init__(self, action: str, *, needed: str, found: str) -> None:
         super().__init__(f"cannot {action}: needs a machine that is {needed}, this one is {found}")
+        self.action = action
         self.needed = needed
         self.found = found
 
@@ -84,3 +87,7 @@ class MachineExists(KvmdError):
 
 class UnknownMachine(KvmdError):
     """There is no machine of that name."""
+
+
+class MachineSilent(KvmdError):
+    """A machine's process does not answer in time, though it has not ended."""

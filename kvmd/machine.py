@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Self
 
@@ -16,6 +18,7 @@ from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
 from kvmd.conversion_service import ConversionService
 from kvmd.devices.console import ConsoleOutput
+from kvmd.devices.console_input import ConsoleInput
 from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.devices.uart16550 import Uart16550
@@ -35,6 +38,7 @@ _COM1 = 0x3F8
 _UART_PORTS = 8
 _COUNT_SECONDS = 1.0
 _COUNT_AT_ONCE = 256
+_READ_AT_ONCE = 1 << 20
 _IMAGE_LIMIT = GIB
 """The largest image file that is read."""
 
@@ -47,6 +51,7 @@ class Machine(Closing):
         stats: counters of its conversions.
         records: the last conversions.
         console: what the guest prints.
+        typed: what the guest reads from its console.
         ports: its I/O ports, with a count of accesses that nothing answered.
         mmio: the same of memory-mapped I/O.
         memory: how the host reads and writes the guest's shared memory.
@@ -59,8 +64,9 @@ class Machine(Closing):
         self.records = RecordRing()
         self.stats = ConversionStats(self.records.reader())
         self.console = ConsoleOutput()
+        self.typed = ConsoleInput()
         self.ports = PortBus()
-        self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console))
+        self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console, self.typed))
         self.mmio = MmioCounter()
         self._hardware = hardware
         self._gate = gate
@@ -87,16 +93,20 @@ class Machine(Closing):
         self._state_name = "created"
 
     @classmethod
-    def open(cls, spec: MachineSpec) -> Self:
+    def open(cls, spec: MachineSpec, *, image: int | None = None) -> Self:
         """Read the image and build the machine.
+
+        Args:
+            spec: what it is made of.
+            image: an open file to read in place of ``spec.image``, from its beginning; it stays open.
 
         Raises:
             KvmdError: it cannot be built; nothing is left behind.
         """
-        image = parse_elf(_read_image(spec.image))
+        parsed = parse_elf(_read_image(spec.image) if image is None else _read_open_image(image, spec.image))
         parked = _Parked()
         gate = RunGate(parked.set)
-        hardware = open_hardware(spec, image, gate.quiesce)
+        hardware = open_hardware(spec, parsed, gate.quiesce)
         try:
             return cls(spec, hardware, gate, parked)
         except BaseException:
@@ -225,5 +235,21 @@ def _read_image(path: Path) -> bytes:
         if path.stat().st_size > _IMAGE_LIMIT:
             raise ImageError(f"{path} is larger than {format_size(_IMAGE_LIMIT)}: not an image that kvmd loads")
         return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
+
+
+def _read_open_image(fd: int, path: Path) -> bytes:
+    try:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
+            raise ImageError(f"the image {path} is not a regular file")
+        if about.st_size > _IMAGE_LIMIT:
+            raise ImageError(f"{path} is larger than {format_size(_IMAGE_LIMIT)}: not an image that kvmd loads")
+        # Whoever opened it may be using its position.
+        data = bytearray()
+        while len(data) <= _IMAGE_LIMIT and (more := os.pread(fd, _READ_AT_ONCE, len(data))):
+            data += more
+        return bytes(data)
     except OSError as error:
         raise ImageError(f"cannot read the image {path}: {error.strerror}") from error

@@ -19,6 +19,9 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("start", ("kvmd.__main__",)),
     ("faces", ("kvmd.cli", "kvmd.api")),
     ("fleet", ("kvmd.fleet",)),
+    ("machine's process", ("kvmd.machine_process",)),
+    ("machine's end", ("kvmd.machine_end",)),
+    ("what runs", ("kvmd.runnable",)),
     ("machine", ("kvmd.machine",)),
     ("accelerator", ("kvmd.accelerator",)),
     ("hardware of the software CPU", ("kvmd.software_hardware",)),
@@ -61,6 +64,11 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.host_choice", "kvmd.cli")
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
+
+LOCKERS = ("kvmd.fleet.state_folder",)
+"""Who may import flock and its constants: Python keeps it in the module of fcntl and ioctl."""
+
+_LOCKING = {"flock", "LOCK_EX", "LOCK_NB"}
 
 FACES_ONLY = ("click", "rich")
 """Packages for people's eyes: a daemon's core must not draw."""
@@ -220,6 +228,10 @@ def stray_ioctls(modules: list[Module]) -> list[str]:
             match node:
                 case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
                     names = {name}
+                case ast.ImportFrom(module="fcntl", names=aliases) if (
+                    module.name in LOCKERS and {alias.name for alias in aliases} <= _LOCKING
+                ):
+                    continue
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                     names = set(chain.from_iterable(alias.name.split(".") for alias in aliases))
                     if isinstance(node, ast.ImportFrom):
@@ -379,6 +391,19 @@ def test_a_stray_ioctl_is_told(source: str, name: str) -> None:
     assert f"kvmd/hardware.py:1 uses {name}: only kvmd/kvm makes ioctls" in stray_ioctls(
         planted("kvmd/hardware.py", source)
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "told"),
+    [
+        ("kvmd/fleet/state_folder.py", "from fcntl import LOCK_EX, flock", False),
+        ("kvmd/fleet/state_folder.py", "from fcntl import flock, ioctl", True),
+        ("kvmd/fleet/state_folder.py", "import fcntl", True),
+        ("kvmd/fleet/local.py", "from fcntl import flock", True),
+    ],
+)
+def test_a_lock_is_no_ioctl_where_locks_belong(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
+    assert bool(stray_ioctls(planted(file, source))) is told
 
 
 def test_capabilities_are_no_ioctls() -> None:

@@ -13,12 +13,12 @@ from rich.console import Console
 from kvmd import log
 from kvmd.cli.display import PROGRESS_SECONDS, Display, LiveDisplay, PlainDisplay
 from kvmd.cli.foreground import watch_signals
-from kvmd.cli.runnable import Runnable
 from kvmd.cli.summary import GuestResult, is_unicode, summary
 from kvmd.guests import GUESTS
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
 from kvmd.ranges import GpaRange, PageState
+from kvmd.runnable import Runnable
 from kvmd.spec import MachineSpec
 from kvmd.stop import StopReason
 

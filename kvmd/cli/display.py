@@ -10,10 +10,10 @@ from rich.live import Live
 from rich.text import Text
 
 from kvmd.cli.picture import picture
-from kvmd.cli.runnable import Runnable
 from kvmd.cli.summary import GuestResult, colored_picture, is_unicode, palette_for
 from kvmd.conversion.messages import Outcome
 from kvmd.ranges import GpaRange
+from kvmd.runnable import Runnable
 
 PROGRESS_SECONDS = 0.125
 """How often a display is told of the progress."""

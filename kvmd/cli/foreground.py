@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import asdict
 
 import structlog
 import trio
 
-from kvmd.cli.runnable import Runnable, Stoppable
 from kvmd.console_pump import OutputPump
-from kvmd.conversion.messages import Outcome
 from kvmd.conversion_log import ConversionFileWriter, ConversionSampler
 from kvmd.log_buffer import LogBuffer
+from kvmd.machine_end import log_end
 from kvmd.nonblocking import NonBlockingWriter, write_within
-from kvmd.stop import ExitStatus, Stop, StopReason
+from kvmd.runnable import Runnable, Stoppable
+from kvmd.stop import ExitStatus, Stop
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -66,7 +65,7 @@ class Foreground:
                 end = await self._run_machine()
                 inner.cancel_scope.cancel()
             if isinstance(end, Stop):
-                self._log_end(end)
+                log_end(self._machine, end, self._log)
             self._log_pump.end()
         if isinstance(end, Stop):
             return end
@@ -89,30 +88,6 @@ class Foreground:
         if self._console_pump.cut_short:
             self._log.warning("console-output-unread", consequence="the last of it is lost")
         return end
-
-    def _log_end(self, stop: Stop) -> None:
-        """Log what was odd, and as the last line why the machine ended and what it did."""
-        machine = self._machine
-        log = self._log.bind(machine=machine.spec.name)
-        if machine.ports.unclaimed:
-            ports = [hex(port) for port in machine.ports.unclaimed_ports]
-            log.warning("ports-unclaimed", accesses=machine.ports.unclaimed, first_ports=ports)
-        if machine.mmio.unclaimed:
-            addresses = [hex(gpa) for gpa in machine.mmio.unclaimed_addresses]
-            log.warning("addresses-unclaimed", accesses=machine.mmio.unclaimed, first_gpas=addresses)
-        quiet = stop.reason in {StopReason.GUEST_EXIT, StopReason.OPERATOR}
-        if stop.registers is not None and not quiet:
-            values = {name: hex(value) for name, value in asdict(stop.registers).items()}
-            log.error("registers", vcpu=stop.vcpu, **values)
-        snapshot = machine.stats.snapshot()
-        (log.info if quiet else log.error)(
-            "machine-stopped",
-            reason=stop.reason.value,
-            message=stop.message,
-            status=int(stop.status),
-            **({} if stop.vcpu is None else {"vcpu": stop.vcpu}),
-            **{outcome.value: snapshot.requests(outcome=outcome) for outcome in Outcome},
-        )
 
     def _console_failed(self, error: OSError) -> None:
         self._log.warning("console-output-lost", problem=error.strerror, consequence="the guest goes on")

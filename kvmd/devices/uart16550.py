@@ -1,8 +1,8 @@
-"""A 16550A serial port, as far as printing needs: TI PC16550D data sheet, section 8.
+"""A 16550A serial port, as far as a console needs: TI PC16550D data sheet, section 8.
 
-The transmitter is always ready and no interrupt line is connected, so drivers must poll the line status. A
-modem is always there (carrier, ready, clear to send). Nothing is ever received but what loopback mode
-returns.
+The transmitter is always ready and no interrupt line is connected, so drivers must poll the line status, for input
+too. A modem is always there (carrier, ready, clear to send). What is typed waits outside and comes in one byte at a
+time as the guest reads, so that there is no overrun; in loopback mode it goes on waiting.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 
 from kvmd.devices.console import ConsoleOutput
+from kvmd.devices.console_input import ConsoleInput
 
 COM1 = 0x3F8
 """The first port of the PC's first serial port."""
@@ -36,10 +37,15 @@ class Uart16550:
 
     One lock makes each access to the registers whole. It is not held while a byte goes to the console, which
     may block: another vCPU can always read the line status.
+
+    Args:
+        output: what the guest prints.
+        typed: what the guest reads; nothing by default.
     """
 
-    def __init__(self, output: ConsoleOutput) -> None:
+    def __init__(self, output: ConsoleOutput, typed: ConsoleInput | None = None) -> None:
         self._output = output
+        self._input = typed if typed is not None else ConsoleInput()
         self._lock = threading.Lock()
         self._divisor = [0x0C, 0x00]  # 9600 baud: what firmware would leave
         self._interrupt_enable = 0
@@ -60,8 +66,7 @@ class Uart16550:
                 case 0 | 1 if self._line_control & DIVISOR_LATCH:
                     return self._divisor[offset]
                 case 0:
-                    received, self._received = self._received, None
-                    return received or 0
+                    return self._receive()
                 case 1:
                     return self._interrupt_enable
                 case 2:
@@ -71,7 +76,7 @@ class Uart16550:
                 case 4:
                     return self._modem_control
                 case 5:
-                    return TRANSMITTER_EMPTY | (DATA_READY if self._received is not None else 0)
+                    return TRANSMITTER_EMPTY | (DATA_READY if self._has_received() else 0)
                 case 6:
                     return self._modem_status()
                 case 7:
@@ -113,6 +118,16 @@ class Uart16550:
             prints = offset == 0 and not self._line_control & DIVISOR_LATCH and not self._modem_control & LOOPBACK
         if prints:
             self._output.put(value)
+
+    def _receive(self) -> int:
+        """Return the byte that was looped back, or typed; 0 where there is none."""
+        received, self._received = self._received, None
+        if received is None and not self._modem_control & LOOPBACK:
+            received = self._input.take()
+        return received or 0
+
+    def _has_received(self) -> bool:
+        return self._received is not None or (self._input.waiting and not self._modem_control & LOOPBACK)
 
     def _modem_status(self) -> int:
         """Return the modem's lines; in loopback, the ones that the modem control drives."""

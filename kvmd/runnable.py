@@ -1,4 +1,4 @@
-"""What the command line asks of a machine: ``kvmd.machine.Machine``, and a fake of it in tests."""
+"""What those who run a machine ask of it: ``kvmd.machine.Machine``, and a fake of it in tests."""
 
 from __future__ import annotations
 

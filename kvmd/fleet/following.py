@@ -1,0 +1,137 @@
+"""Following a machine's console or log: from its files, from its process while that lives, and from its files again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Literal
+
+import structlog
+import trio
+
+from kvmd.errors import MachineStateError
+from kvmd.fleet.entry import Entry
+from kvmd.machine_process.client import ControlClient, HungUp
+from kvmd.machine_process.folder import CONSOLE
+from kvmd.machine_process.framing import BadMessage
+from kvmd.machine_process.messages import TYPE_LIMIT, FollowOutput, OutputPiece, Type, Typed
+from kvmd.machine_process.segments import read_segments, segments_of
+
+_READ_AT_ONCE = 64 << 10
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
+
+
+class OutputFollower:
+    """One reader of one output, at its own pace.
+
+    Args:
+        entry: the machine.
+        output: which of its outputs; its files have the same name.
+        last: start this many bytes before the end, or None for the oldest that is kept.
+    """
+
+    def __init__(self, entry: Entry, output: Literal["console", "log"], *, last: int | None = None) -> None:
+        self._entry = entry
+        self._output = output
+        self._client: ControlClient | None = None
+        self._offset = 0
+        self.dropped = 0
+        """Bytes that were not kept for as long as this reader took."""
+        segments = segments_of(entry.folder.fd, output)
+        if segments:
+            end = segments[-1][0] + segments[-1][1]
+            self._offset = segments[0][0] if last is None else max(segments[0][0], end - last)
+
+    async def read(self) -> bytes:
+        """Return what comes next, or nothing at the machine's end."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self._client is None:
+                ended = self._entry.ended  # first the look, then the file: nothing is written after the end
+                if self._entry.deleted:
+                    return b""
+                piece = read_segments(self._entry.folder.fd, self._output, self._offset, _READ_AT_ONCE)
+                # What the disk had no room for may still be in the process's memory.
+                if piece.data and (not piece.dropped or ended):
+                    return self._took(piece.dropped, piece.start, piece.data)
+                if ended:
+                    return b""
+                await self._connect()
+                continue
+            answer = await self._client.receive()
+            if isinstance(answer, OutputPiece):
+                return self._took(answer.dropped, answer.start, answer.data)
+            await self.aclose()
+            await self._entry.wait(lambda: self._entry.ended)
+
+    async def iterate(self) -> AsyncIterator[bytes]:
+        """Yield what comes until the machine's end."""
+        while data := await self.read():
+            yield data
+
+    async def aclose(self) -> None:
+        """Hang up; harmless the second time."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+    async def _connect(self) -> None:
+        try:
+            client = await ControlClient.connect(self._entry.folder)
+            self._client = client
+            await client.send(FollowOutput(self._output, self._offset))
+        except (HungUp, BadMessage):
+            await self.aclose()
+            await self._entry.wait(lambda: self._entry.ended)
+
+    def _took(self, dropped: int, start: int, data: bytes) -> bytes:
+        if dropped:
+            self.dropped += dropped
+            _log.warning("output-dropped", machine=self._entry.name, output=self._output, bytes=dropped)
+        self._offset = start + len(data)
+        return data
+
+
+class MachineConsole:
+    """A connection to a machine's console, both ways: ``kvmd.fleet.base.Console``."""
+
+    _SHOWN_FIRST = 16 << 10
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        self._output = OutputFollower(entry, CONSOLE, last=self._SHOWN_FIRST)
+        self._client: ControlClient | None = None
+        self._typing = trio.Lock()
+
+    async def receive(self) -> bytes:
+        """Return the next output; empty at the machine's end."""
+        return await self._output.read()
+
+    async def send(self, data: bytes) -> None:
+        """Give the guest input; waits while the guest does not take it.
+
+        Raises:
+            MachineStateError: the machine has ended.
+        """
+        async with self._typing:
+            for at in range(0, len(data), TYPE_LIMIT):
+                try:
+                    if self._client is None:
+                        self._client = await ControlClient.connect(self._entry.folder)
+                    await self._client.ask(Type(data[at : at + TYPE_LIMIT]), Typed)
+                except HungUp as error:
+                    raise MachineStateError("type", needed="created, running or paused", found="stopped") from error
+                except trio.Cancelled:
+                    # Half a request was sent, or its answer is still to come.
+                    await self._hang_up()
+                    raise
+
+    async def aclose(self) -> None:
+        """Hang up."""
+        await self._hang_up()
+        await self._output.aclose()
+
+    async def _hang_up(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()

@@ -1,0 +1,462 @@
+"""The machines of this host: each a process of its own, which outlives the daemon that made it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+import trio
+
+from kvmd.errors import MachineExists, MachineSilent, MachineStateError, UnknownMachine
+from kvmd.fleet.all_events import AllEvents, Newcomers
+from kvmd.fleet.base import Console, Counters, Event, MachineInfo, MachineState
+from kvmd.fleet.creation import Creator
+from kvmd.fleet.entry import Entry
+from kvmd.fleet.following import MachineConsole, OutputFollower
+from kvmd.fleet.machine_events import MachineEvents
+from kvmd.fleet.places import parse_place, parse_places
+from kvmd.fleet.recovery import ANSWER_SECONDS, conclude, recover
+from kvmd.fleet.spawner_link import SPAWNER, SpawnerLink
+from kvmd.fleet.state_folder import StateFolder
+from kvmd.log import conversion_event
+from kvmd.machine_process.client import ControlClient, HungUp
+from kvmd.machine_process.folder import (
+    CONSOLE,
+    END,
+    EXIT,
+    LAST_CONVERSIONS,
+    LOG,
+    BadFile,
+    EndFile,
+    ExitFile,
+    LastConversions,
+)
+from kvmd.machine_process.framing import BadMessage
+from kvmd.machine_process.lifecycle import Change
+from kvmd.machine_process.messages import (
+    READ_LIMIT,
+    RECORDS_LIMIT,
+    AskConversions,
+    AskCounters,
+    AskMap,
+    AskMemory,
+    AskPause,
+    AskResume,
+    AskStart,
+    AskStop,
+    Conversions,
+    CounterValues,
+    Memory,
+    MemoryMap,
+    Request,
+    Status,
+)
+from kvmd.machine_process.spawning import Reaped
+from kvmd.ranges import GpaRange, PageState
+from kvmd.spec import MachineSpec
+
+REQUEST_SECONDS = 15.0
+"""How long a machine may take to do what it is asked: a pause waits up to 5 seconds for its vCPUs."""
+
+READ_MEMORY_LIMIT = 16 << 20
+"""Bytes of guest memory that one call reads, at most."""
+
+_LAST_WORDS_SECONDS = 2.0
+"""How long the parent of a process may take to say how it ended."""
+
+_LOOK_SECONDS = 0.02
+_ALIVE = "created, running or paused"
+_NO_TIMES = (0.0, 0.0, 0.0, 0.0)
+
+T = TypeVar("T")
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
+
+
+@asynccontextmanager
+async def open_fleet(path: Path, *, spawner: Sequence[str] = SPAWNER) -> AsyncIterator[LocalFleet]:
+    """Take over the machines of a state folder, until the block ends; they go on without it.
+
+    Args:
+        path: the state folder, which is made where it is missing.
+        spawner: the command of the machines' parent.
+
+    Raises:
+        HostError: the folder cannot be used, or another daemon uses it.
+    """
+    state = StateFolder(path)
+    with state.locked():
+        state.sweep()
+        async with trio.open_nursery() as nursery:
+            fleet = LocalFleet(state, nursery, spawner)
+            try:
+                await fleet.take_over()
+                yield fleet
+            finally:
+                nursery.cancel_scope.cancel()
+                fleet.close()
+
+
+class LocalFleet:
+    """All machines of a state folder: ``kvmd.fleet.base.Fleet``. Made by ``open_fleet``."""
+
+    def __init__(self, state: StateFolder, nursery: trio.Nursery, spawner: Sequence[str]) -> None:
+        self._state = state
+        self._nursery = nursery
+        self._link = SpawnerLink(spawner, self._note_reaped)
+        self._creator = Creator(state, self._link)
+        self._entries: dict[str, Entry] = {}
+        self._reserved: set[str] = set()
+        self._reaped: dict[int, Reaped] = {}
+        self._newcomers = Newcomers()
+
+    async def take_over(self) -> None:
+        """Find the machines that are there, and be ready for new ones."""
+        await self._nursery.start(self._link.run)
+        for entry in await recover(self._state):
+            self._add(entry)
+
+    def close(self) -> None:
+        """Close what is open; the machines go on."""
+        for entry in self._entries.values():
+            entry.close()
+
+    # -- all machines
+
+    def machines(self) -> Sequence[MachineInfo]:
+        """Return all of them, by name."""
+        return [self._entries[name].info for name in sorted(self._entries)]
+
+    def machine(self, name: str) -> MachineInfo:
+        """Return one."""
+        return self._entry(name).info
+
+    async def create(
+        self, spec: MachineSpec, *, owner_uid: int, image: int | None = None, any_name: bool = False
+    ) -> MachineInfo:
+        """Make a machine's process, with memory and vCPUs, not running yet."""
+        name = self._free_name(spec.name, any_name=any_name)
+        self._reserved.add(name)
+        try:
+            entry = await self._creator.create(spec.with_overrides(name=name), owner_uid=owner_uid, image=image)
+        finally:
+            self._reserved.discard(name)
+        self._add(entry)
+        self._newcomers.tell(entry)
+        _log.info("machine-created", machine=name, pid=entry.info.pid)
+        return entry.info
+
+    async def delete(self, name: str) -> None:
+        """Forget a machine that is created or stopped; a created one's process is ended."""
+        entry = self._entry(name)
+        async with entry.turn:
+            if entry.deleted:
+                raise UnknownMachine(f"machine {name} was deleted")
+            if entry.info.state not in {"created", "stopped"}:
+                raise MachineStateError("delete", needed="created or stopped", found=entry.info.state)
+            if not entry.ended:
+                entry.killed = True
+                entry.kill()
+                await entry.wait(lambda: entry.ended)
+            try:
+                self._state.remove(name)
+            except OSError as error:
+                # It is out of the way already, and swept the next time.
+                _log.warning("machine-folder-not-removed", machine=name, problem=str(error))
+            del self._entries[name]
+            entry.forget()
+        self._newcomers.tell(entry)
+        _log.info("machine-deleted", machine=name)
+
+    async def stop_all(self, seconds: float) -> None:
+        """Stop all machines, and kill those that have not stopped within ``seconds``; those not started are killed."""
+        async with trio.open_nursery() as nursery:
+            for entry in self._entries.values():
+                if not entry.ended:
+                    nursery.start_soon(self._stop_or_kill, entry, seconds)
+
+    # -- what one machine does
+
+    async def start(self, name: str) -> MachineInfo:
+        """Run a created machine."""
+        return await self._change(name, "start", AskStart(), needed="created", change="started")
+
+    async def pause(self, name: str) -> MachineInfo:
+        """Take a running machine's vCPUs out of the guest."""
+        return await self._change(name, "pause", AskPause(), needed="running", change="paused")
+
+    async def resume(self, name: str) -> MachineInfo:
+        """Let a paused machine's vCPUs in again."""
+        return await self._change(name, "resume", AskResume(), needed="paused", change="resumed")
+
+    async def stop(self, name: str) -> MachineInfo:
+        """Ask a running or paused machine to stop, and wait until it has."""
+        entry = self._entry(name)
+        if entry.ended:
+            raise MachineStateError("stop", needed="running or paused", found="stopped")
+        try:
+            await self._ask(entry, "stop", AskStop(), Status)
+        except MachineStateError as error:
+            # "stopped" means here: somebody else was first, and its process is about to end.
+            if error.found != "stopped":
+                raise
+        await entry.wait(lambda: entry.ended)
+        return entry.info
+
+    async def kill(self, name: str) -> MachineInfo:
+        """End a machine's process at once, whatever state it is in but stopped."""
+        entry = self._entry(name)
+        if entry.ended:
+            raise MachineStateError("kill", needed=_ALIVE, found="stopped")
+        entry.killed = True
+        entry.kill()
+        await entry.wait(lambda: entry.ended)
+        return entry.info
+
+    async def wait(self, name: str, states: frozenset[MachineState]) -> MachineInfo:
+        """Wait until the machine is in one of the states. The caller sets the deadline."""
+        entry = self._entry(name)
+        await entry.wait(lambda: entry.info.state in states)
+        if entry.info.state not in states:
+            raise UnknownMachine(f"machine {name} was deleted")
+        return entry.info
+
+    # -- looking into one
+
+    async def counters(self, name: str) -> Counters:
+        """Return what the machine did so far; of one that ended without a word, nothing."""
+        entry = self._entry(name)
+        values = entry.end_counters
+        if not entry.ended:
+            try:
+                values = await self._ask(entry, "count", AskCounters(), CounterValues)
+            except MachineStateError:
+                values = entry.end_counters
+        if values is None:
+            values = CounterValues([], 0, 0, _NO_TIMES, _NO_TIMES, _NO_TIMES, 0)
+        await trio.lowlevel.checkpoint()
+        return Counters(
+            requests={(cause, to, outcome): requests for cause, to, outcome, requests in values.requests},
+            shared_bytes=values.shared_bytes,
+            private_bytes=values.private_bytes,
+            waiting_us=values.waiting_us,
+            applying_us=values.applying_us,
+            discarding_us=values.discarding_us,
+            lost=values.lost,
+        )
+
+    async def memory_map(self, name: str) -> Sequence[tuple[GpaRange, PageState]]:
+        """Return the state of all memory, as the fewest ranges, in order."""
+        answer = await self._ask(self._entry(name), "show the memory of it", AskMap(), MemoryMap)
+        return [(GpaRange(start, end), PageState(state)) for start, end, state in answer.ranges]
+
+    async def read_memory(self, name: str, gpa: int, size_bytes: int) -> bytes:
+        """Return shared memory. Raises PrivateMemory where a page of it is private, ValueError outside memory."""
+        entry = self._entry(name)
+        if gpa < 0 or size_bytes < 1 or gpa + size_bytes > entry.info.spec.memory:
+            raise ValueError(f"{size_bytes} bytes at {gpa:#x} are not within memory")
+        if size_bytes > READ_MEMORY_LIMIT:
+            raise ValueError(f"{size_bytes} bytes are more than are read at once: {READ_MEMORY_LIMIT}")
+        data = bytearray()
+        for at in range(gpa, gpa + size_bytes, READ_LIMIT):
+            request = AskMemory(at, min(READ_LIMIT, gpa + size_bytes - at))
+            data += (await self._ask(entry, "read the memory of it", request, Memory)).data
+        return bytes(data)
+
+    async def conversions(self, name: str, *, since: int, limit: int) -> Sequence[dict[str, object]]:
+        """Return the recent conversions with a sequence above ``since``, oldest first, at most ``limit``."""
+        entry = self._entry(name)
+        found: list[dict[str, object]] = []
+        while len(found) < limit and not entry.ended:
+            request = AskConversions(since, min(limit - len(found), RECORDS_LIMIT))
+            try:
+                records = (await self._ask(entry, "list conversions of it", request, Conversions)).records
+            except MachineStateError:
+                break  # it ended just now
+            if not records:
+                return found
+            found += [conversion_event(record, name) for record in records]
+            since = records[-1].sequence
+        await trio.lowlevel.checkpoint()
+        if entry.ended and not entry.deleted and len(found) < limit:
+            try:
+                last = entry.folder.read(LAST_CONVERSIONS, LastConversions)
+            except BadFile as error:
+                _log.error("machine-file-unusable", machine=name, problem=str(error))
+                last = None
+            rest = [] if last is None else [record for record in last.records if record.sequence > since]
+            found += [conversion_event(record, name) for record in rest[: limit - len(found)]]
+        return found
+
+    @asynccontextmanager
+    async def events(self, name: str | None, *, last_id: str | None) -> AsyncIterator[AsyncIterator[Event]]:
+        """Stream what happens to one machine, or to all."""
+        if name is None:
+            places = None if last_id is None else parse_places(last_id)
+            async with AllEvents(self._entries.values(), places).follow(self._newcomers) as stream:
+                yield stream
+            return
+        followed = MachineEvents(self._entry(name), None if last_id is None else parse_place(last_id))
+        try:
+            await followed.open()
+            yield _as_events(followed, name)
+        finally:
+            await followed.aclose()
+
+    @asynccontextmanager
+    async def console(self, name: str) -> AsyncIterator[Console]:
+        """Attach to a machine's console: what it printed lately comes first."""
+        console = MachineConsole(self._entry(name))
+        try:
+            await trio.lowlevel.checkpoint()
+            yield console
+        finally:
+            await console.aclose()
+
+    def console_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Follow what a machine prints, from its beginning as far back as it is kept."""
+        return _follow(lambda: OutputFollower(self._entry(name), CONSOLE))
+
+    def log_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Follow what a machine's process logs, as lines of JSON, from as far back as it is kept."""
+        return _follow(lambda: OutputFollower(self._entry(name), LOG))
+
+    # -- inside
+
+    def _entry(self, name: str) -> Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownMachine(f"there is no machine {name}") from None
+
+    def _free_name(self, name: str, *, any_name: bool) -> str:
+        wanted, number = name, 1
+        while name in self._entries or name in self._reserved:
+            if not any_name:
+                raise MachineExists(f"there is a machine {name} already")
+            number += 1
+            name = f"{wanted[: _NAME_LIMIT - len(str(number)) - 1]}-{number}"
+        return name
+
+    def _add(self, entry: Entry) -> None:
+        self._entries[entry.name] = entry
+        if not entry.ended:
+            self._nursery.start_soon(self._watch, entry)
+
+    async def _watch(self, entry: Entry) -> None:
+        """See the machine's end, however it comes."""
+        await entry.wait_exit()
+        pid = entry.info.pid
+        exit_ = None if entry.killed else await self._how_it_ended(entry)
+        conclude(entry, exit_)
+        if pid is not None:
+            self._reaped.pop(pid, None)
+        end = entry.info.end
+        if end is not None:
+            (_log.warning if end.signal is not None and not entry.killed else _log.info)(
+                "machine-stopped", machine=entry.name, reason=end.reason, message=end.message, status=end.status
+            )
+
+    async def _how_it_ended(self, entry: Entry) -> ExitFile | None:
+        """Return how the process ended, where it has not written that down itself."""
+        pid = entry.info.pid
+        with trio.move_on_after(_LAST_WORDS_SECONDS):
+            while True:
+                try:
+                    if entry.folder.read(END, EndFile) is not None:
+                        return None
+                    exit_ = entry.folder.read(EXIT, ExitFile)
+                except BadFile:
+                    return None
+                if exit_ is not None:
+                    return exit_
+                if pid in self._reaped:
+                    reaped = self._reaped[pid]
+                    return ExitFile(pid, reaped.status, reaped.signal, time.time_ns())
+                # Its parent may be the spawner of an earlier daemon, which tells nobody but the folder.
+                await trio.sleep(_LOOK_SECONDS)
+        return None
+
+    def _note_reaped(self, reaped: Reaped) -> None:
+        if any(entry.info.pid == reaped.pid for entry in self._entries.values()):
+            self._reaped[reaped.pid] = reaped
+
+    async def _change(self, name: str, action: str, request: Request, *, needed: str, change: Change) -> MachineInfo:
+        entry = self._entry(name)
+        async with entry.turn:
+            asked_ns = time.time_ns()
+            try:
+                status = await self._ask(entry, action, request, Status, needed=needed)
+            except MachineStateError:
+                # Perhaps it did, and ended before it could say so.
+                done = entry.ended and any(
+                    step.change == change and step.wall_ns >= asked_ns for step in reversed(entry.steps)
+                )
+                if not done:
+                    raise
+            else:
+                entry.change(_state(status.state), started_ns=status.started_ns)
+            return entry.info
+
+    async def _ask(self, entry: Entry, action: str, request: Request, kind: type[T], *, needed: str = _ALIVE) -> T:
+        """Ask a machine's process.
+
+        Raises:
+            MachineStateError: it says so, or it has ended.
+            MachineSilent: it does not answer.
+        """
+        try:
+            with trio.fail_after(REQUEST_SECONDS):
+                if entry.ended:
+                    raise HungUp("it has ended")  # noqa: TRY301 - like one that ends meanwhile
+                async with await ControlClient.connect(entry.folder) as client:
+                    return await client.ask(request, kind)
+        except HungUp as error:
+            with trio.move_on_after(ANSWER_SECONDS):
+                await entry.wait(lambda: entry.ended)
+            if entry.ended:
+                raise MachineStateError(action, needed=needed, found="stopped") from error
+            raise MachineSilent(f"machine {entry.name} closes its control socket, but goes on: kill it") from error
+        except trio.TooSlowError as error:
+            raise MachineSilent(
+                f"machine {entry.name} did not answer within {REQUEST_SECONDS:.0f} s: kill it, or try again"
+            ) from error
+        except BadMessage as error:
+            raise MachineSilent(f"machine {entry.name} gives no sensible answer: {error}") from error
+
+    async def _stop_or_kill(self, entry: Entry, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            with suppress(MachineStateError, MachineSilent, UnknownMachine):
+                await self.stop(entry.name)
+        if not entry.ended:
+            entry.killed = True
+            entry.kill()
+            await entry.wait(lambda: entry.ended)
+
+
+_NAME_LIMIT = 63
+_STATES: tuple[MachineState, ...] = ("created", "running", "paused", "stopped")
+
+
+def _state(text: str) -> MachineState:
+    """Return the state that a machine names; one that it has stopped running is not over before its process is."""
+    return next((state for state in _STATES[:3] if state == text), "running")
+
+
+async def _as_events(followed: MachineEvents, name: str) -> AsyncIterator[Event]:
+    while (happened := await followed.next()) is not None:
+        yield Event(id=str(happened.place), kind=happened.kind, machine=name, data=happened.data)
+
+
+@asynccontextmanager
+async def _follow(make: Callable[[], OutputFollower]) -> AsyncIterator[AsyncIterator[bytes]]:
+    follower = make()
+    try:
+        await trio.lowlevel.checkpoint()
+        yield follower.iterate()
+    finally:
+        await follower.aclose()

@@ -1,0 +1,259 @@
+"""Finding the machines of an earlier daemon again: those that run, those that ended meanwhile, and what is neither."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import msgspec
+import structlog
+import trio
+
+from kvmd.errors import KvmdError
+from kvmd.fleet.base import MachineEnd, MachineInfo, MachineState
+from kvmd.fleet.entry import Entry
+from kvmd.fleet.state_folder import StateFolder
+from kvmd.machine_process.client import ControlClient, HungUp
+from kvmd.machine_process.folder import (
+    END,
+    EXIT,
+    MACHINE,
+    PROCESS,
+    BadFile,
+    EndFile,
+    ExitFile,
+    MachineFile,
+    MachineFolder,
+    ProcessFile,
+    boot_id,
+    start_ticks,
+)
+from kvmd.machine_process.framing import BadMessage
+from kvmd.machine_process.messages import AskInfo, Greeting, Info
+from kvmd.machine_process.steps import Steps, read_steps
+from kvmd.stop import ExitStatus, StopReason
+
+ANSWER_SECONDS = 5.0
+"""How long a machine may take to answer a new daemon."""
+
+PROCESS_DIED = "process-died"
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+_STATES: tuple[MachineState, ...] = ("created", "running", "paused", "stopped")
+_SIGNALLED = 128
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
+
+
+async def recover(state: StateFolder) -> list[Entry]:
+    """Return what the state folder knows: entries of processes that live, and of machines that have ended.
+
+    Whatever else is in the folder is named in the log; nothing in it makes this fail.
+    """
+    found: list[Entry] = []
+
+    async def recover_one(path: Path) -> None:
+        try:
+            entry = await _recover(state, path)
+        except (KvmdError, OSError) as error:
+            _log.error("machine-not-recovered", machine=path.name, problem=str(error))
+        else:
+            if entry is not None:
+                found.append(entry)
+
+    async with trio.open_nursery() as nursery:
+        for path in sorted(state.machines.iterdir()):
+            nursery.start_soon(recover_one, path)
+    return found
+
+
+async def _recover(state: StateFolder, path: Path) -> Entry | None:
+    try:
+        folder = _open_folder(path)
+    except NotADirectoryError:
+        _log.warning("stranger-in-state-folder", path=str(path), consequence="left alone")
+        return None
+    try:
+        entry = await _recover_folder(folder, path.name)
+    except BaseException:
+        folder.close()
+        raise
+    if entry is None:
+        folder.close()
+        aside = state.set_aside(path.name)
+        _log.error("machine-folder-unusable", machine=path.name, moved_to=str(aside))
+    return entry
+
+
+def _open_folder(path: Path) -> MachineFolder:
+    """Open what may be a machine's folder. Raises NotADirectoryError where it cannot be one, a link for example."""
+    if not _NAME.fullmatch(path.name):
+        raise NotADirectoryError(path)
+    return MachineFolder.open(path)
+
+
+async def _recover_folder(folder: MachineFolder, name: str) -> Entry | None:
+    """Return the entry of a folder, or None where it is no machine's."""
+    about: MachineFile | None = None
+    try:
+        about = folder.read(MACHINE, MachineFile)
+        if about is None:
+            _log.warning("machine-file-missing", machine=name, file=MACHINE, consequence="it was never finished")
+        elif about.spec.name != name:
+            _log.error("machine-file-unusable", machine=name, problem=f"{MACHINE} is of {about.spec.name}")
+            about = None
+    except BadFile as error:
+        _log.error("machine-file-unusable", machine=name, problem=str(error))
+    greeting, info = await _ask(folder, name)
+    pidfd = _pidfd(folder, greeting)
+    if pidfd is not None and about is None and info is not None:
+        # It lives, and knows itself what it is; only whose it is, nobody knows any more.
+        about = MachineFile(info.spec, os.getuid(), time.time_ns())
+        folder.write(MACHINE, about)
+    if about is None:
+        if pidfd is not None:
+            os.close(pidfd)
+            raise BadFile(f"{name} runs, but neither its files nor its process say what it is: end it by hand")
+        return None
+    machine = MachineInfo(
+        name=name,
+        spec=about.spec,
+        state="created",
+        owner_uid=about.owner_uid,
+        created_ns=about.created_ns,
+        started_ns=None if info is None else info.started_ns,
+        pid=None,
+        facts={} if info is None else info.facts,
+        end=None,
+    )
+    if pidfd is None:
+        entry = Entry(machine, folder, -1)
+        conclude(entry)
+        _log.info("machine-had-ended", machine=name, reason=entry.info.end.reason if entry.info.end else "")
+        return entry
+    pid = greeting.pid if greeting is not None else _process(folder).pid
+    # One that does not answer may do anything: "running" lets the operator stop and kill it.
+    state = next((known for known in _STATES if info is not None and info.state == known), "running")
+    entry = Entry(msgspec.structs.replace(machine, state=state, pid=pid), folder, pidfd)
+    _log.info("machine-found", machine=name, pid=pid, state=state)
+    return entry
+
+
+def conclude(entry: Entry, exit_: ExitFile | None = None) -> None:
+    """Note how a machine ended, and write it down where its process could not.
+
+    Args:
+        entry: of a machine whose process is gone.
+        exit_: how the process ended, where its parent told; else what it wrote down counts.
+    """
+    folder, name = entry.folder, entry.name
+    end: EndFile | None = None
+    try:
+        end = folder.read(END, EndFile)
+        if end is None and exit_ is None:
+            exit_ = folder.read(EXIT, ExitFile)
+    except BadFile as error:
+        _log.error("machine-file-unusable", machine=name, problem=str(error))
+    if end is None:
+        end = _violent_end(exit_, killed=entry.killed)
+        _write_violent_end(folder, name, end)
+    try:
+        steps = read_steps(folder.fd)
+    except OSError as error:
+        _log.error("machine-file-unusable", machine=name, problem=str(error))
+        steps = []
+    if end.facts and not entry.info.facts:
+        entry.info = msgspec.structs.replace(entry.info, facts=end.facts)
+    entry.end(
+        MachineEnd(end.reason, end.message, end.status, end.signal, end.wall_ns),
+        counters=end.counters,
+        steps=steps,
+        started_ns=end.started_ns,
+    )
+
+
+def _violent_end(exit_: ExitFile | None, *, killed: bool) -> EndFile:
+    wall_ns = time.time_ns() if exit_ is None else exit_.wall_ns
+    number = None if exit_ is None else exit_.signal
+    if killed:
+        return EndFile(StopReason.KILLED.value, "killed by the operator", ExitStatus.KILLED, 9, wall_ns)
+    if number is not None:
+        message = f"its process was ended by signal {number}"
+        return EndFile(PROCESS_DIED, message, _SIGNALLED + number, number, wall_ns)
+    if exit_ is not None and exit_.status is not None:
+        message = f"its process ended with status {exit_.status}, without a word"
+        return EndFile(PROCESS_DIED, message, exit_.status, None, wall_ns)
+    return EndFile(PROCESS_DIED, "its process is gone, and nobody saw how it ended", ExitStatus.INTERNAL, None, wall_ns)
+
+
+def _write_violent_end(folder: MachineFolder, name: str, end: EndFile) -> None:
+    try:
+        steps = Steps(folder.fd, _raise)
+        try:
+            if not steps.ended:
+                steps.tell(
+                    "stopped", "stopped", reason=end.reason, message=end.message, status=end.status, signal=end.signal
+                )
+        finally:
+            steps.close()
+        folder.write(END, end, durable=True)
+    except OSError as error:
+        _log.error("machine-file-not-written", machine=name, problem=str(error))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+async def _ask(folder: MachineFolder, name: str) -> tuple[Greeting | None, Info | None]:
+    greeting: Greeting | None = None
+    try:
+        with trio.fail_after(ANSWER_SECONDS):
+            async with await ControlClient.connect(folder) as client:
+                greeting = client.greeting
+                return greeting, await client.ask(AskInfo(), Info)
+    except HungUp:
+        pass  # it is gone
+    except trio.TooSlowError:
+        _log.error("machine-silent", machine=name, seconds=ANSWER_SECONDS)
+    except BadMessage as error:
+        _log.error("machine-speaks-otherwise", machine=name, problem=str(error))
+    return greeting, None
+
+
+def _process(folder: MachineFolder) -> ProcessFile:
+    try:
+        found = folder.read(PROCESS, ProcessFile)
+    except BadFile:
+        found = None
+    return found if found is not None else ProcessFile(0, 0, "")
+
+
+def _pidfd(folder: MachineFolder, greeting: Greeting | None) -> int | None:
+    """Return a descriptor of the machine's process, or None where it is gone."""
+    if greeting is not None:
+        return open_pidfd(greeting.pid, greeting.start_ticks)
+    process = _process(folder)
+    if process.pid <= 0 or process.boot_id != boot_id():
+        return None
+    return open_pidfd(process.pid, process.start_ticks)
+
+
+def open_pidfd(pid: int, ticks: int | None) -> int | None:
+    """Return a descriptor of the process, or None where there is none, or a later one of the same number.
+
+    Args:
+        pid: its number.
+        ticks: when it started; None for a child of whoever told the number, which cannot have been used again.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    # In this order: what was looked at is then what the descriptor is of, or gone.
+    if ticks is not None and start_ticks(pid) != ticks:
+        os.close(pidfd)
+        return None
+    return pidfd

@@ -1,0 +1,159 @@
+"""The process of one machine: what happens in it from its first line to its exit status."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import socket
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+import trio
+
+from kvmd import log
+from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
+from kvmd.log_buffer import LogBuffer
+from kvmd.machine_process.control import ControlServer
+from kvmd.machine_process.folder import (
+    MACHINE,
+    PROCESS,
+    STDERR,
+    BadFile,
+    MachineFile,
+    MachineFolder,
+    ProcessFile,
+    boot_id,
+    start_ticks,
+)
+from kvmd.machine_process.host import MachineHost
+from kvmd.machine_process.hosted import OpenMachine
+from kvmd.machine_process.spawning import Birth
+from kvmd.stop import ExitStatus
+
+_OOM_SCORE = 300
+"""Added to the kernel's idea of who should go first when memory runs out: a guest before the daemon."""
+
+_COMM_LIMIT = 15
+"""Bytes of a process's name (proc(5), /proc/pid/comm)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """The descriptors that a new process starts with, all its own.
+
+    Attributes:
+        folder: of the machine's folder.
+        listening: of its control socket, bound and listening.
+        birth: of a pipe for ``Birth``, or None where nobody waits for it.
+        image: of the image, or None for the one that the spec names.
+    """
+
+    folder: int
+    listening: int
+    birth: int | None
+    image: int | None
+
+
+def live(inherited: Inheritance, open_machine: OpenMachine) -> int:
+    """Run the machine and return the process's exit status, which is the machine's.
+
+    Args:
+        inherited: see ``Inheritance``.
+        open_machine: makes the machine.
+    """
+    pid = os.getpid()
+    ticks = start_ticks(pid) or 0
+    with ExitStack() as stack:
+        folder = stack.enter_context(MachineFolder(inherited.folder))
+        listening = stack.enter_context(socket.socket(fileno=inherited.listening))
+        teller = _Teller(inherited.birth)
+        stack.callback(teller.close)
+        try:
+            folder.write(PROCESS, ProcessFile(pid, ticks, boot_id()))
+            _settle(folder, stack)
+            about = folder.read(MACHINE, MachineFile)
+            if about is None:
+                raise BadFile(f"{MACHINE} is missing")
+            _name_process(about.spec.name)
+            buffer = LogBuffer(is_terminal=False)
+            log.configure(log_format="json", stream=buffer)
+            machine = open_machine(about.spec, image=inherited.image)
+        except (KvmdError, OSError) as error:
+            teller.tell(Birth(pid, ticks, problem=_one_line(error), kind=_kind(error)))
+            return ExitStatus.CONFIG if isinstance(error, ConfigError | ImageError) else ExitStatus.HOST
+        stack.callback(machine.close)
+        if inherited.image is not None:
+            os.close(inherited.image)
+        host = MachineHost(machine, folder, log_buffer=buffer, log=structlog.get_logger("kvmd"))
+        server = ControlServer(listening, pid, ticks)
+
+        def ready() -> None:
+            teller.tell(Birth(pid, ticks, facts=dict(machine.facts)))
+            if teller.unheard:
+                # Whoever asked for this machine has given up, and knows of none.
+                host.stop()
+
+        return trio.run(host.run, server.serve, ready).status
+
+
+class _Teller:
+    """The pipe to whoever asked for the machine."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        self.unheard = False
+
+    def tell(self, birth: Birth) -> None:
+        """Say it, and hang up."""
+        if self._fd is None:
+            return
+        try:
+            os.write(self._fd, msgspec.msgpack.encode(birth, enc_hook=repr))
+        except OSError:
+            self.unheard = True
+        self.close()
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+def _settle(folder: MachineFolder, stack: ExitStack) -> None:
+    """Make this process one that leaves nothing of its guest behind when it dies."""
+    # A core dump would hold the guest's memory.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123 - /proc
+        file.write(str(_OOM_SCORE))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    stderr = os.open(STDERR, flags, 0o600, dir_fd=folder.fd)
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    faulthandler.enable(sys.__stderr__ if sys.__stderr__ is not None else 2)
+    stack.callback(faulthandler.disable)
+
+
+def _name_process(machine: str) -> None:
+    """Name it for ps and top."""
+    with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:  # noqa: PTH123 - /proc
+        file.write(f"kvmd:{machine}"[:_COMM_LIMIT])
+
+
+def _kind(error: Exception) -> str:
+    match error:
+        case ConfigError():
+            return "config"
+        case ImageError():
+            return "image"
+        case HostError():
+            return "host"
+        case _:
+            return "other"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
