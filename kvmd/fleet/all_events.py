@@ -11,6 +11,7 @@ from kvmd.fleet.base import Event
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.machine_events import MachineEvents
 from kvmd.fleet.places import START, Place, format_places
+from kvmd.fleet.streams import Stream
 
 _IN_FLIGHT = 64
 """Events that wait for a slow reader here; all others wait where they happen."""
@@ -77,7 +78,7 @@ class AllEvents:
                             place = self._known.get(entry.info.created_ns, START)
                             self._places[entry.info.created_ns] = place
                         opening.start_soon(self._open_one, MachineEvents(entry, place), entry, nursery)
-                yield self._iterate()
+                yield Stream(self._next)
             finally:
                 newcomers.remove(came_or_went)
                 nursery.cancel_scope.cancel()
@@ -105,11 +106,10 @@ class AllEvents:
     async def _tell_deleted(self, entry: Entry) -> None:
         await self._send.send((entry, None, "lifecycle", {"change": "deleted"}))
 
-    async def _iterate(self) -> AsyncIterator[Event]:
-        while True:
-            entry, place, kind, data = await self._receive.receive()
-            if place is None:
-                self._places.pop(entry.info.created_ns, None)
-            else:
-                self._places[entry.info.created_ns] = place
-            yield Event(id=format_places(self._places), kind=kind, machine=entry.name, data=data)
+    async def _next(self) -> Event:
+        entry, place, kind, data = await self._receive.receive()
+        if place is None:
+            self._places.pop(entry.info.created_ns, None)
+        else:
+            self._places[entry.info.created_ns] = place
+        return Event(id=format_places(self._places), kind=kind, machine=entry.name, data=data)

@@ -10,6 +10,7 @@ import trio
 
 from kvmd.errors import MachineStateError
 from kvmd.fleet.entry import Entry
+from kvmd.fleet.streams import Stream
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import CONSOLE
 from kvmd.machine_process.framing import BadMessage
@@ -64,10 +65,13 @@ class OutputFollower:
             await self.aclose()
             await self._entry.wait(lambda: self._entry.ended)
 
-    async def iterate(self) -> AsyncIterator[bytes]:
-        """Yield what comes until the machine's end."""
-        while data := await self.read():
-            yield data
+    def stream(self) -> AsyncIterator[bytes]:
+        """Return what comes until the machine's end, as a stream."""
+
+        async def following() -> bytes | None:
+            return await self.read() or None
+
+        return Stream(following)
 
     async def aclose(self) -> None:
         """Hang up; harmless the second time."""

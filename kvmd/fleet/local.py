@@ -22,6 +22,7 @@ from kvmd.fleet.places import parse_place, parse_places
 from kvmd.fleet.recovery import ANSWER_SECONDS, conclude, recover
 from kvmd.fleet.spawner_link import SPAWNER, SpawnerLink
 from kvmd.fleet.state_folder import StateFolder
+from kvmd.fleet.streams import Stream
 from kvmd.log import conversion_event
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import (
@@ -447,9 +448,14 @@ def _state(text: str) -> MachineState:
     return next((state for state in _STATES[:3] if state == text), "running")
 
 
-async def _as_events(followed: MachineEvents, name: str) -> AsyncIterator[Event]:
-    while (happened := await followed.next()) is not None:
-        yield Event(id=str(happened.place), kind=happened.kind, machine=name, data=happened.data)
+def _as_events(followed: MachineEvents, name: str) -> AsyncIterator[Event]:
+    async def following() -> Event | None:
+        happened = await followed.next()
+        if happened is None:
+            return None
+        return Event(id=str(happened.place), kind=happened.kind, machine=name, data=happened.data)
+
+    return Stream(following)
 
 
 @asynccontextmanager
@@ -457,6 +463,6 @@ async def _follow(make: Callable[[], OutputFollower]) -> AsyncIterator[AsyncIter
     follower = make()
     try:
         await trio.lowlevel.checkpoint()
-        yield follower.iterate()
+        yield follower.stream()
     finally:
         await follower.aclose()

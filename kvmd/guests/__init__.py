@@ -38,6 +38,9 @@ GUESTS = {
     for guest in (
         Guest("hello", "print a greeting with the number of vCPUs and the memory size"),
         Guest(
+            "echo", "print what is typed; some bytes do more: q ends it, s and p convert a page, c converts for ever"
+        ),
+        Guest(
             "pingpong",
             "each vCPU walks its own pages, touching the shared and then the private view of each",
             ("pages of each vCPU (16)", "rounds (8)"),

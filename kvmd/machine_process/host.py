@@ -116,7 +116,8 @@ class MachineHost:
             MachineStateError: it was started, or stopped, before.
         """
         if self._start.is_set() or self.state != "created":
-            raise MachineStateError("start", needed="created", found="running" if self._start.is_set() else self.state)
+            found = "running" if self.state == "created" else self.state
+            raise MachineStateError("start", needed="created", found=found)
         self.started_ns = time.time_ns()
         self.steps.tell("started", "running")
         self._start.set()

@@ -1,7 +1,8 @@
 """A fleet in memory: the whole protocol of ``kvmd.fleet.base``, without processes, files or KVM.
 
 It passes the same contract tests as the real one (``tests/fleet/test_contract.py``). A test plays the guest through
-``guest(name)``: prints, converts, logs and ends.
+``guest(name)``: prints, converts, logs and ends. A guest whose image is called ``echo`` plays itself: it does what
+kvmd's own guest of that name does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import trio
 
 from kvmd.errors import ImageError, MachineExists, MachineStateError, UnknownMachine
 from kvmd.fleet.base import Counters, Event, MachineEnd, MachineInfo, MachineState
+from kvmd.fleet.streams import Stream
 from kvmd.memory.accessor import PrivateMemory
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
@@ -24,6 +26,7 @@ from kvmd.units import PAGE_SIZE, page_ceil, page_floor
 EVENTS_KEPT = 1024
 CONVERSIONS_KEPT = 1024
 OUTPUT_KEPT = 65536
+_DIGITS = 18
 INPUT_LIMIT = 4096
 """Bytes of input that a guest which does not read is given."""
 
@@ -58,13 +61,15 @@ class Output:
                 return start + len(data), data
             await self._changed.wait()
 
-    async def follow(self) -> AsyncIterator[bytes]:
+    def follow(self) -> AsyncIterator[bytes]:
         offset = self.start
-        while True:
+
+        async def following() -> bytes | None:
+            nonlocal offset
             offset, data = await self.read(offset)
-            if not data:
-                return
-            yield data
+            return data or None
+
+        return Stream(following)
 
     def _wake(self) -> None:
         event, self._changed = self._changed, trio.Event()
@@ -84,6 +89,7 @@ class FakeGuest:
     records: list[dict[str, object]] = field(default_factory=list)
     shared: list[GpaRange] = field(default_factory=list)
     converted: int = 0
+    page: int = 1 << 20
     stubborn: bool = False
     """A guest that does not stop when asked."""
 
@@ -96,6 +102,29 @@ class FakeGuest:
 
     def write_log(self, event: str) -> None:
         self.log.add(msgspec.json.encode({"event": event, "machine": self.name}) + b"\n")
+
+    def echo(self, data: bytes) -> None:
+        """Do what ``builtin:echo`` does, of which only ``c`` makes an end here."""
+        for byte in data:
+            self.print(bytes([byte]))
+            match chr(byte):
+                case "q" | "f":
+                    self.end(status=0 if byte == ord("q") else 3)
+                    return
+                case "s":
+                    self.page += PAGE_SIZE
+                    self.convert(self.page)
+                case "p":
+                    self.convert(self.page, to=PageState.PRIVATE)
+                case "c":
+                    for _ in range(16):
+                        self.convert(self.page)
+                        self.convert(self.page, to=PageState.PRIVATE)
+                case "x":
+                    self.end("triple-fault", status=122)
+                    return
+                case _:
+                    pass
 
     def take_input(self) -> bytes:
         """Read all input, as a guest that polls its serial port."""
@@ -237,6 +266,10 @@ class FakeFleet:
         guest = self.guest(name)
         guest.need("start", "created")
         guest.change("started", "running", started_ns=time.time_ns())
+        if guest.info.spec.image.stem == "echo":
+            guest.write_log("machine-starting")
+            guest.print(b"echo: type\n")
+            guest.echo(guest.take_input())
         return guest.info
 
     async def pause(self, name: str) -> MachineInfo:
@@ -251,6 +284,8 @@ class FakeFleet:
         guest = self.guest(name)
         guest.need("resume", "paused")
         guest.change("resumed", "running")
+        if guest.info.spec.image.stem == "echo":
+            guest.echo(guest.take_input())
         return guest.info
 
     async def stop(self, name: str) -> MachineInfo:
@@ -338,22 +373,27 @@ class FakeFleet:
         position = self._told if last_id is None else _number(last_id)
         yield self._follow(name, position)
 
-    async def _follow(self, name: str | None, position: int) -> AsyncIterator[Event]:
+    def _follow(self, name: str | None, position: int) -> AsyncIterator[Event]:
         guest = None if name is None else self._guests.get(name)
-        while True:
-            first = self._told - len(self._events)
-            if position < first:
-                yield Event(id=str(first), kind="lost", machine=name or "", data={"lost": first - position})
-                position = first
-            for number, event in list(self._events):
-                if number > position:
-                    position = number
-                    if name in {None, event.machine}:
-                        yield event
-            if guest is not None and guest.info.state == "stopped" and position == self._told:
-                return
-            if position == self._told:
+
+        async def following() -> Event | None:
+            nonlocal position
+            await trio.lowlevel.checkpoint()
+            while True:
+                first = self._told - len(self._events)
+                if position < first:
+                    lost, position = first - position, first
+                    return Event(id=str(first), kind="lost", machine=name or "", data={"lost": lost})
+                for number, event in self._events:
+                    if number > position and name in {None, event.machine}:
+                        position = number
+                        return event
+                position = self._told
+                if guest is not None and guest.info.state == "stopped":
+                    return None
                 await self._changed.wait()
+
+        return Stream(following)
 
     @asynccontextmanager
     async def console(self, name: str) -> AsyncIterator[FakeConsole]:
@@ -389,10 +429,12 @@ class FakeConsole:
                 await self._guest.input_taken.wait()
             self._guest.need("type into the console of it", "created", "running", "paused")
             self._guest.input += part
+            if self._guest.info.spec.image.stem == "echo" and self._guest.info.state == "running":
+                self._guest.echo(self._guest.take_input())
         await trio.lowlevel.checkpoint()
 
 
 def _number(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > _DIGITS:
         raise ValueError(f"{text!r} was never an id of this stream")
     return int(text)

@@ -1,0 +1,109 @@
+"""Fleets for tests: in memory, of processes with fake machines, of processes with KVM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from kvmd.fleet.base import Fleet
+from kvmd.fleet.local import LocalFleet, open_fleet
+from kvmd.fleet.spawner_link import SPAWNER
+from kvmd.guests import GUESTS
+from kvmd.spec import MachineSpec
+from tests.fleet.fakes import FakeFleet
+from tests.gate import Facility, require_whole
+
+FAKE_SPAWNER = (sys.executable, str(Path(__file__).with_name("fake_spawner.py")))
+MARK = "KVMD_TEST_PROCESSES_OF"
+"""An environment variable that all processes of a test inherit, so that those left behind are found."""
+
+GONE_SECONDS = 10.0
+
+
+def spec(name: str = "guest", **changes: object) -> MachineSpec:
+    """Return a small machine whose guest is ``echo``."""
+    fields: dict[str, object] = {"image": GUESTS["echo"].path, "name": name, "memory": 4 << 20, **changes}
+    return MachineSpec(**fields)  # type: ignore[arg-type]
+
+
+@dataclass
+class Site:
+    """A place for fleets, one after the other, on the same machines."""
+
+    kind: str
+    folder: Path
+    spawner: Sequence[str] = SPAWNER
+    memory: FakeFleet = field(default_factory=FakeFleet)
+
+    def open(self) -> AbstractAsyncContextManager[Fleet]:
+        """Open a fleet."""
+        return self._in_memory() if self.kind == "memory" else self.open_local()
+
+    def open_local(self) -> AbstractAsyncContextManager[LocalFleet]:
+        """Open one of real processes."""
+        return open_fleet(self.folder, spawner=self.spawner)
+
+    @asynccontextmanager
+    async def _in_memory(self) -> AsyncIterator[Fleet]:
+        yield self.memory
+
+    def path(self, name: str) -> Path:
+        """Return a machine's folder."""
+        return self.folder / "machines" / name
+
+
+def processes_of(mark: str) -> list[int]:
+    """Return the processes that inherited the mark, without this one."""
+    found = []
+    wanted = f"{MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that leaves a process, and end it."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    yield
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := processes_of(mark)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if left:
+        names = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in left]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        pytest.fail(f"left behind: {dict(zip(left, names, strict=True))}", pytrace=False)
+
+
+@pytest.fixture(params=["memory", "process", pytest.param("kvm", marks=pytest.mark.kvm)])
+def site(request: pytest.FixtureRequest, tmp_path: Path, _no_process_left: None) -> Site:
+    """Return a place for any kind of fleet: what is asked of it is the contract."""
+    kind = str(request.param)
+    return Site(kind, tmp_path / "state", FAKE_SPAWNER if kind == "process" else SPAWNER)
+
+
+@pytest.fixture
+def fake_site(tmp_path: Path, _no_process_left: None) -> Site:
+    """Return a place for fleets of real processes with fake machines."""
+    return Site("process", tmp_path / "state", FAKE_SPAWNER)
+
+
+@pytest.fixture
+def kvm_site(tmp_path: Path, _no_process_left: None) -> Site:
+    """Return a place for fleets of machines on KVM."""
+    require_whole(Facility.KVM)
+    return Site("kvm", tmp_path / "state")

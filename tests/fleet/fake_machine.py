@@ -1,0 +1,163 @@
+"""A machine without a hypervisor, for real machine processes: its guest does what ``builtin:echo`` does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+
+import trio
+
+from kvmd.conversion.messages import Cause, Outcome
+from kvmd.conversion.record import ConversionRecord
+from kvmd.conversion.ring import RecordRing
+from kvmd.conversion.stats import ConversionStats
+from kvmd.devices.console import ConsoleOutput
+from kvmd.devices.console_input import ConsoleInput
+from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.ports import PortBus
+from kvmd.errors import ImageError, MachineStateError
+from kvmd.memory.accessor import PrivateMemory
+from kvmd.memory.page_state import PageStateMap
+from kvmd.ranges import GpaRange, PageState
+from kvmd.spec import MachineSpec
+from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE, page_ceil, page_floor
+
+FIRST_FREE = 1 << 20
+_TICK_SECONDS = 0.001
+
+
+class FakeMachine:
+    """One guest, which is a task of the event loop and polls its console a thousand times a second."""
+
+    def __init__(self, spec: MachineSpec) -> None:
+        self.spec = spec
+        self.records = RecordRing()
+        self.stats = ConversionStats(self.records.reader())
+        self.console = ConsoleOutput()
+        self.typed = ConsoleInput()
+        self.ports = PortBus()
+        self.mmio = MmioCounter()
+        self.pinned = GpaRange(0, FIRST_FREE)
+        self.memory = self
+        self.state = "created"
+        self._map = PageStateMap(spec.memory, PageState.PRIVATE)
+        self._page = FIRST_FREE
+        self._next = FIRST_FREE
+        self._stop: Stop | None = None
+        self._changed = trio.Event()
+        self._storm = False
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        return {"vcpus": self.spec.vcpus, "protection": "fake"}
+
+    async def run(self) -> Stop:
+        self.state = "running"
+        for byte in b"echo: type\n":
+            self.console.put(byte)
+        while self._stop is None:
+            if self.state == "paused":
+                await self._changed.wait()
+                continue
+            if (byte_typed := self.typed.take()) is not None:
+                self._storm = False
+                self.console.put(byte_typed)
+                self._obey(chr(byte_typed))
+            elif self._storm:
+                for _ in range(8):
+                    self._convert(PageState.SHARED)
+                    self._convert(PageState.PRIVATE)
+            with trio.move_on_after(_TICK_SECONDS):
+                await self._changed.wait()
+        self.state = "stopped"
+        return self._stop
+
+    def _obey(self, command: str) -> None:
+        match command:
+            case "q" | "f":
+                self._stop = Stop(StopReason.GUEST_EXIT, "all vCPUs ended", 0 if command == "q" else 3)
+            case "s":
+                self._page = self._next
+                self._next += PAGE_SIZE
+                self._convert(PageState.SHARED)
+            case "p":
+                self._convert(PageState.PRIVATE)
+            case "c":
+                self._storm = True
+            case "x":
+                self._stop = Stop.because(StopReason.TRIPLE_FAULT, "vCPU 0: triple fault", vcpu=0)
+            case "!":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case _:
+                pass
+
+    def _convert(self, to: PageState) -> None:
+        range_ = GpaRange.of_size(self._page, PAGE_SIZE)
+        sequence = self.records.appended + 1
+        self._map.set(range_, to, sequence, explicit=False)
+        self.records.append(
+            ConversionRecord(
+                sequence=sequence,
+                wall_ns=time.time_ns(),
+                monotonic_ns=time.monotonic_ns(),
+                vcpu=0,
+                cause=Cause.IMPLICIT,
+                gpa=self._page,
+                size_bytes=PAGE_SIZE,
+                came_from=to.opposite,
+                to=to,
+                outcome=Outcome.CONVERTED,
+                merged=1,
+                waiting_us=1.0,
+                applying_us=2.0,
+                discarding_us=3.0,
+            )
+        )
+
+    def stop(self) -> None:
+        if self._stop is None:
+            self._stop = Stop.because(StopReason.OPERATOR, "stopped by the operator")
+        self._wake()
+
+    async def pause(self) -> None:
+        self._need("pause", "running")
+        self.state = "paused"
+        await trio.lowlevel.checkpoint()
+
+    async def resume(self) -> None:
+        self._need("resume", "paused")
+        self.state = "running"
+        self._wake()
+        await trio.lowlevel.checkpoint()
+
+    def memory_map(self) -> list[tuple[GpaRange, PageState]]:
+        return self._map.coalesced()
+
+    def read(self, gpa: int, size_bytes: int) -> bytes:
+        if size_bytes <= 0 or gpa < 0 or gpa + size_bytes > self.spec.memory:
+            raise IndexError("not within memory")
+        private = self._map.first_in_state(PageState.PRIVATE, GpaRange(page_floor(gpa), page_ceil(gpa + size_bytes)))
+        if private is not None:
+            raise PrivateMemory(private)
+        return bytes(size_bytes)
+
+    def close(self) -> None:
+        self.state = "closed"
+
+    def _wake(self) -> None:
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+
+    def _need(self, action: str, needed: str) -> None:
+        if self.state != needed:
+            raise MachineStateError(action, needed=needed, found=self.state)
+
+
+def open_fake(spec: MachineSpec, *, image: int | None = None) -> FakeMachine:
+    """Make one; an image that cannot be read is refused like a real machine's."""
+    if image is None and not spec.image.is_file():
+        raise ImageError(f"cannot read the image {spec.image}: No such file or directory")
+    return FakeMachine(spec)
