@@ -14,6 +14,7 @@ from kvmd.fleet.streams import Stream
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import CONSOLE
 from kvmd.machine_process.framing import BadMessage
+from kvmd.machine_process.history import Piece
 from kvmd.machine_process.messages import TYPE_LIMIT, FollowOutput, OutputPiece, Type, Typed
 from kvmd.machine_process.segments import read_segments, segments_of
 
@@ -36,12 +37,12 @@ class OutputFollower:
         self._output = output
         self._client: ControlClient | None = None
         self._offset = 0
+        self._began = False
         self.dropped = 0
         """Bytes that were not kept for as long as this reader took."""
         segments = segments_of(entry.folder.fd, output)
-        if segments:
-            end = segments[-1][0] + segments[-1][1]
-            self._offset = segments[0][0] if last is None else max(segments[0][0], end - last)
+        if segments and last is not None:
+            self._offset = max(0, sum(segments[-1]) - last)
 
     async def read(self) -> bytes:
         """Return what comes next, or nothing at the machine's end."""
@@ -52,16 +53,18 @@ class OutputFollower:
                 if self._entry.deleted:
                     return b""
                 piece = read_segments(self._entry.folder.fd, self._output, self._offset, _READ_AT_ONCE)
-                # What the disk had no room for may still be in the process's memory.
-                if piece.data and (not piece.dropped or ended):
-                    return self._took(piece.dropped, piece.start, piece.data)
-                if ended:
-                    return b""
-                await self._connect()
-                continue
+                if not ended and (piece.dropped or not piece.data):
+                    # What the disk had no room for may still be in the process's memory.
+                    live = await self._connect()
+                    if live is not None and (live.start <= piece.start or not piece.data):
+                        return self._took(live)
+                    await self.aclose()
+                    if not piece.data:
+                        continue
+                return self._took(piece) if piece.data else b""
             answer = await self._client.receive()
             if isinstance(answer, OutputPiece):
-                return self._took(answer.dropped, answer.start, answer.data)
+                return self._took(answer)
             await self.aclose()
             await self._entry.wait(lambda: self._entry.ended)
 
@@ -79,21 +82,28 @@ class OutputFollower:
         if client is not None:
             await client.aclose()
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> OutputPiece | None:
+        """Follow the process, and return its first answer; None once it has ended."""
         try:
-            client = await ControlClient.connect(self._entry.folder)
-            self._client = client
-            await client.send(FollowOutput(self._output, self._offset))
+            self._client = await ControlClient.connect(self._entry.folder)
+            await self._client.send(FollowOutput(self._output, self._offset))
+            answer = await self._client.receive()
         except (HungUp, BadMessage):
-            await self.aclose()
-            await self._entry.wait(lambda: self._entry.ended)
+            answer = None
+        if isinstance(answer, OutputPiece):
+            return answer
+        await self.aclose()
+        await self._entry.wait(lambda: self._entry.ended)
+        return None
 
-    def _took(self, dropped: int, start: int, data: bytes) -> bytes:
-        if dropped:
-            self.dropped += dropped
-            _log.warning("output-dropped", machine=self._entry.name, output=self._output, bytes=dropped)
-        self._offset = start + len(data)
-        return data
+    def _took(self, piece: Piece | OutputPiece) -> bytes:
+        # Before the first byte it is not this reader who was too slow.
+        if piece.dropped and self._began:
+            self.dropped += piece.dropped
+            _log.warning("output-dropped", machine=self._entry.name, output=self._output, bytes=piece.dropped)
+        self._began = True
+        self._offset = piece.start + len(piece.data)
+        return piece.data
 
 
 class MachineConsole:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 
 from kvmd.machine_process.history import Piece
 
@@ -36,7 +37,9 @@ class SegmentWriter:
         self._segment_bytes = segment_bytes
         self._kept = kept
         self._fd = -1
+        self._start = 0
         self._size = 0
+        self._new = False
         found = segments_of(folder, output)
         self._end = max((start + size for start, size in found), default=0)
         self.unwritten = 0
@@ -62,10 +65,11 @@ class SegmentWriter:
                 self._size += written
                 self._end += written
                 rest = rest[written:]
+            self._prune()
         except OSError:
             self.unwritten += len(rest)
             self._end += len(rest)
-            self.close()
+            self._give_up()
             raise
 
     def close(self) -> None:
@@ -79,8 +83,22 @@ class SegmentWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd = os.open(_name(self._output, self._end), flags, 0o600, dir_fd=self._folder)
         self._size = 0
-        for start, _ in segments_of(self._folder, self._output)[: -self._kept]:
-            os.unlink(_name(self._output, start), dir_fd=self._folder)
+        self._start = self._end
+        self._new = True
+
+    def _prune(self) -> None:
+        """Delete the oldest segments for a new one, once that holds something."""
+        if self._new and self._size:
+            self._new = False
+            for start, _ in segments_of(self._folder, self._output)[: -self._kept]:
+                os.unlink(_name(self._output, start), dir_fd=self._folder)
+
+    def _give_up(self) -> None:
+        """Leave the segment as it is; one that got nothing at all must not take an older one's place."""
+        if self._fd >= 0 and not self._size:
+            with suppress(OSError):
+                os.unlink(_name(self._output, self._start), dir_fd=self._folder)
+        self.close()
 
 
 def segments_of(folder: int, output: str) -> list[tuple[int, int]]:
