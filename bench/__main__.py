@@ -19,6 +19,7 @@ BENCHMARKS = {
     "pingpong": "conversions end to end, beside the C floor",
     "software": "conversions and instructions on the software CPU, beside KVM",
     "start": "the start of `kvmd run` to the guest's first output",
+    "fleet": "the daemon's machines: from a request to the guest's first output, and memory of idle ones",
     "blocks": "what conversions and a machine's start cost, by block size, memory and pages",
     "large": "explicit conversions of a large range, beside the bare ioctls (in the lab: lab/README.md)",
     "memory": "host memory that large machines take before the guest touches any",

@@ -49,6 +49,11 @@ def measure(options: Options) -> Report:
     return report
 
 
+def first_byte_of_run() -> float:
+    """Return milliseconds from before `kvmd run builtin:hello` until the guest's first byte."""
+    return _first_byte(_KVMD)
+
+
 def _environment() -> dict[str, str]:
     """Return this process's, but with bytecode that is kept: an installed kvmd has it."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}

@@ -6,53 +6,39 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import structlog
 import trio
 
 from kvmd.errors import MachineExists, MachineSilent, MachineStateError, UnknownMachine
+from kvmd.fleet import looking
 from kvmd.fleet.all_events import AllEvents, Newcomers
+from kvmd.fleet.asking import ALIVE, ask
 from kvmd.fleet.base import Console, Counters, Event, MachineInfo, MachineState
 from kvmd.fleet.creation import Creator
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.following import MachineConsole, OutputFollower
 from kvmd.fleet.machine_events import MachineEvents
 from kvmd.fleet.places import parse_place, parse_places
-from kvmd.fleet.recovery import ANSWER_SECONDS, conclude, recover
+from kvmd.fleet.recovery import conclude, recover
 from kvmd.fleet.spawner_link import SPAWNER, SpawnerLink
 from kvmd.fleet.state_folder import StateFolder
 from kvmd.fleet.streams import Stream
-from kvmd.log import conversion_event
-from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import (
     CONSOLE,
     END,
     EXIT,
-    LAST_CONVERSIONS,
     LOG,
     BadFile,
     EndFile,
     ExitFile,
-    LastConversions,
 )
-from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.lifecycle import Change
 from kvmd.machine_process.messages import (
-    READ_LIMIT,
-    RECORDS_LIMIT,
-    AskConversions,
-    AskCounters,
-    AskMap,
-    AskMemory,
     AskPause,
     AskResume,
     AskStart,
     AskStop,
-    Conversions,
-    CounterValues,
-    Memory,
-    MemoryMap,
     Request,
     Status,
 )
@@ -60,20 +46,10 @@ from kvmd.machine_process.spawning import Reaped
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 
-REQUEST_SECONDS = 15.0
-"""How long a machine may take to do what it is asked: a pause waits up to 5 seconds for its vCPUs."""
-
-READ_MEMORY_LIMIT = 16 << 20
-"""Bytes of guest memory that one call reads, at most."""
-
 _LAST_WORDS_SECONDS = 2.0
 """How long the parent of a process may take to say how it ended."""
 
 _LOOK_SECONDS = 0.02
-_ALIVE = "created, running or paused"
-_NO_TIMES = (0.0, 0.0, 0.0, 0.0)
-
-T = TypeVar("T")
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
 
@@ -92,25 +68,32 @@ async def open_fleet(path: Path, *, spawner: Sequence[str] = SPAWNER) -> AsyncIt
     state = StateFolder(path)
     with state.locked():
         state.sweep()
-        async with trio.open_nursery() as nursery:
-            fleet = LocalFleet(state, nursery, spawner)
-            try:
-                await fleet.take_over()
-                yield fleet
-            finally:
-                nursery.cancel_scope.cancel()
-                fleet.close()
+        entries: dict[str, Entry] = {}
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    fleet = LocalFleet(state, nursery, spawner, entries)
+                    await fleet.take_over()
+                    yield fleet
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            # Only now does nobody wait for their processes any more.
+            for entry in entries.values():
+                entry.close()
 
 
 class LocalFleet:
     """All machines of a state folder: ``kvmd.fleet.base.Fleet``. Made by ``open_fleet``."""
 
-    def __init__(self, state: StateFolder, nursery: trio.Nursery, spawner: Sequence[str]) -> None:
+    def __init__(
+        self, state: StateFolder, nursery: trio.Nursery, spawner: Sequence[str], entries: dict[str, Entry]
+    ) -> None:
         self._state = state
         self._nursery = nursery
         self._link = SpawnerLink(spawner, self._note_reaped)
         self._creator = Creator(state, self._link)
-        self._entries: dict[str, Entry] = {}
+        self._entries = entries
         self._reserved: set[str] = set()
         self._reaped: dict[int, Reaped] = {}
         self._newcomers = Newcomers()
@@ -120,11 +103,6 @@ class LocalFleet:
         await self._nursery.start(self._link.run)
         for entry in await recover(self._state):
             self._add(entry)
-
-    def close(self) -> None:
-        """Close what is open; the machines go on."""
-        for entry in self._entries.values():
-            entry.close()
 
     # -- all machines
 
@@ -200,7 +178,7 @@ class LocalFleet:
         if entry.ended:
             raise MachineStateError("stop", needed="running or paused", found="stopped")
         try:
-            await self._ask(entry, "stop", AskStop(), Status)
+            await ask(entry, "stop", AskStop(), Status)
         except MachineStateError as error:
             # "stopped" means here: somebody else was first, and its process is about to end.
             if error.found != "stopped":
@@ -212,7 +190,7 @@ class LocalFleet:
         """End a machine's process at once, whatever state it is in but stopped."""
         entry = self._entry(name)
         if entry.ended:
-            raise MachineStateError("kill", needed=_ALIVE, found="stopped")
+            raise MachineStateError("kill", needed=ALIVE, found="stopped")
         entry.killed = True
         entry.kill()
         await entry.wait(lambda: entry.ended)
@@ -230,68 +208,19 @@ class LocalFleet:
 
     async def counters(self, name: str) -> Counters:
         """Return what the machine did so far; of one that ended without a word, nothing."""
-        entry = self._entry(name)
-        values = entry.end_counters
-        if not entry.ended:
-            try:
-                values = await self._ask(entry, "count", AskCounters(), CounterValues)
-            except MachineStateError:
-                values = entry.end_counters
-        if values is None:
-            values = CounterValues([], 0, 0, _NO_TIMES, _NO_TIMES, _NO_TIMES, 0)
-        await trio.lowlevel.checkpoint()
-        return Counters(
-            requests={(cause, to, outcome): requests for cause, to, outcome, requests in values.requests},
-            shared_bytes=values.shared_bytes,
-            private_bytes=values.private_bytes,
-            waiting_us=values.waiting_us,
-            applying_us=values.applying_us,
-            discarding_us=values.discarding_us,
-            lost=values.lost,
-        )
+        return await looking.counters(self._entry(name))
 
     async def memory_map(self, name: str) -> Sequence[tuple[GpaRange, PageState]]:
         """Return the state of all memory, as the fewest ranges, in order."""
-        answer = await self._ask(self._entry(name), "show the memory of it", AskMap(), MemoryMap)
-        return [(GpaRange(start, end), PageState(state)) for start, end, state in answer.ranges]
+        return await looking.memory_map(self._entry(name))
 
     async def read_memory(self, name: str, gpa: int, size_bytes: int) -> bytes:
         """Return shared memory. Raises PrivateMemory where a page of it is private, ValueError outside memory."""
-        entry = self._entry(name)
-        if gpa < 0 or size_bytes < 1 or gpa + size_bytes > entry.info.spec.memory:
-            raise ValueError(f"{size_bytes} bytes at {gpa:#x} are not within memory")
-        if size_bytes > READ_MEMORY_LIMIT:
-            raise ValueError(f"{size_bytes} bytes are more than are read at once: {READ_MEMORY_LIMIT}")
-        data = bytearray()
-        for at in range(gpa, gpa + size_bytes, READ_LIMIT):
-            request = AskMemory(at, min(READ_LIMIT, gpa + size_bytes - at))
-            data += (await self._ask(entry, "read the memory of it", request, Memory)).data
-        return bytes(data)
+        return await looking.read_memory(self._entry(name), gpa, size_bytes)
 
     async def conversions(self, name: str, *, since: int, limit: int) -> Sequence[dict[str, object]]:
         """Return the recent conversions with a sequence above ``since``, oldest first, at most ``limit``."""
-        entry = self._entry(name)
-        found: list[dict[str, object]] = []
-        while len(found) < limit and not entry.ended:
-            request = AskConversions(since, min(limit - len(found), RECORDS_LIMIT))
-            try:
-                records = (await self._ask(entry, "list conversions of it", request, Conversions)).records
-            except MachineStateError:
-                break  # it ended just now
-            if not records:
-                return found
-            found += [conversion_event(record, name) for record in records]
-            since = records[-1].sequence
-        await trio.lowlevel.checkpoint()
-        if entry.ended and not entry.deleted and len(found) < limit:
-            try:
-                last = entry.folder.read(LAST_CONVERSIONS, LastConversions)
-            except BadFile as error:
-                _log.error("machine-file-unusable", machine=name, problem=str(error))
-                last = None
-            rest = [] if last is None else [record for record in last.records if record.sequence > since]
-            found += [conversion_event(record, name) for record in rest[: limit - len(found)]]
-        return found
+        return await looking.conversions(self._entry(name), since=since, limit=limit)
 
     @asynccontextmanager
     async def events(self, name: str | None, *, last_id: str | None) -> AsyncIterator[AsyncIterator[Event]]:
@@ -391,7 +320,7 @@ class LocalFleet:
         async with entry.turn:
             asked_ns = time.time_ns()
             try:
-                status = await self._ask(entry, action, request, Status, needed=needed)
+                status = await ask(entry, action, request, Status, needed=needed)
             except MachineStateError:
                 # Perhaps it did, and ended before it could say so.
                 done = entry.ended and any(
@@ -402,32 +331,6 @@ class LocalFleet:
             else:
                 entry.change(_state(status.state), started_ns=status.started_ns)
             return entry.info
-
-    async def _ask(self, entry: Entry, action: str, request: Request, kind: type[T], *, needed: str = _ALIVE) -> T:
-        """Ask a machine's process.
-
-        Raises:
-            MachineStateError: it says so, or it has ended.
-            MachineSilent: it does not answer.
-        """
-        try:
-            with trio.fail_after(REQUEST_SECONDS):
-                if entry.ended:
-                    raise HungUp("it has ended")  # noqa: TRY301 - like one that ends meanwhile
-                async with await ControlClient.connect(entry.folder) as client:
-                    return await client.ask(request, kind)
-        except HungUp as error:
-            with trio.move_on_after(ANSWER_SECONDS):
-                await entry.wait(lambda: entry.ended)
-            if entry.ended:
-                raise MachineStateError(action, needed=needed, found="stopped") from error
-            raise MachineSilent(f"machine {entry.name} closes its control socket, but goes on: kill it") from error
-        except trio.TooSlowError as error:
-            raise MachineSilent(
-                f"machine {entry.name} did not answer within {REQUEST_SECONDS:.0f} s: kill it, or try again"
-            ) from error
-        except BadMessage as error:
-            raise MachineSilent(f"machine {entry.name} gives no sensible answer: {error}") from error
 
     async def _stop_or_kill(self, entry: Entry, seconds: float) -> None:
         with trio.move_on_after(seconds):

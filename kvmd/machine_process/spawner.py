@@ -110,7 +110,6 @@ class Spawner:
             for child in self._children.values():
                 os.close(child.pidfd)
                 os.close(child.folder)
-            gc.unfreeze()
             status = live(inherited, self._open_machine)
         except BaseException:  # noqa: BLE001 - nothing of the parent's may run in the child
             traceback.print_exc()

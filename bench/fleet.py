@@ -1,0 +1,131 @@
+"""The daemon's machines: from a request to the guest's first output, memory of idle ones, and the fleet's loop."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+import trio
+
+from bench.measure import Fact, Options, Ratio, Report, Series
+from bench.runs import require_kvm
+from bench.start import first_byte_of_run
+from kvmd.fleet.local import LocalFleet, open_fleet
+from kvmd.guests import GUESTS
+from kvmd.spec import MachineSpec
+
+TARGET_MS = 1.5 * 55
+"""From the request to the guest's first instruction: 1.5 times what QEMU's microvm took here (55 ms)."""
+
+_MANY = 100
+_NAP_SECONDS = 0.005
+
+
+def measure(options: Options) -> Report:
+    """Measure starts one after the other, and then many machines that do nothing."""
+    require_kvm()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    report = Report("fleet", "machines as processes, forked by a warmed parent")
+    trio.run(_measure, options, report)
+    return report
+
+
+async def _measure(options: Options, report: Report) -> None:
+    rounds = options.rounds(25)
+    async with _fleet() as fleet:
+        starts = await _starts(fleet, rounds)
+    whole = starts["create and start to the first output"]
+    report.facts += [Fact(series, TARGET_MS if series is whole else None) for series in starts.values()]
+    run = Series("kvmd run", "ms", tuple(first_byte_of_run() for _ in range(rounds)))
+    report.ratios.append(Ratio(whole, run))
+    many = _MANY // 5 if options.quick else _MANY
+    async with _fleet() as fleet:
+        report.facts += await _idle(fleet, many)
+    report.notes.append(
+        "requests are calls of the fleet, in its own process; the first output of builtin:hello is some milliseconds "
+        "after its first instruction"
+    )
+    report.notes.append(f"idle: {many} machines of 64 MiB, created and not started, all at once")
+
+
+@asynccontextmanager
+async def _fleet() -> AsyncIterator[LocalFleet]:
+    with tempfile.TemporaryDirectory() as folder:
+        async with open_fleet(Path(folder)) as fleet:
+            # The first one waits for the parent to import everything.
+            await fleet.create(_spec("first"), owner_uid=0)
+            yield fleet
+            await fleet.stop_all(1)
+            for machine in fleet.machines():
+                await fleet.delete(machine.name)
+
+
+def _spec(name: str) -> MachineSpec:
+    return MachineSpec(image=GUESTS["hello"].path, name=name)
+
+
+async def _starts(fleet: LocalFleet, rounds: int) -> dict[str, Series]:
+    created, whole, ended = [], [], []
+    for number in range(rounds + 1):
+        name = f"start-{number}"
+        began = time.perf_counter()
+        await fleet.create(_spec(name), owner_uid=0)
+        created.append((time.perf_counter() - began) * 1000)
+        async with fleet.console_output(name) as output:
+            await fleet.start(name)
+            async for _ in output:
+                break
+            whole.append((time.perf_counter() - began) * 1000)
+        await fleet.wait(name, frozenset({"stopped"}))
+        ended.append((time.perf_counter() - began) * 1000)
+        await fleet.delete(name)
+    return {
+        label: Series(label, "ms", tuple(values[1:]))
+        for label, values in (
+            ("create", created),
+            ("create and start to the first output", whole),
+            ("create and start to the recorded end", ended),
+        )
+    }
+
+
+async def _idle(fleet: LocalFleet, count: int) -> list[Fact]:
+    """Make machines that do nothing, and look at their memory and at what they do to this loop."""
+    busy: list[float] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_watch_lag, busy)
+        began = time.perf_counter()
+        machines = [await fleet.create(_spec(f"idle-{number}"), owner_uid=0) for number in range(count)]
+        each = (time.perf_counter() - began) * 1000 / count
+        nursery.cancel_scope.cancel()
+    idle: list[float] = []
+    with trio.move_on_after(1):
+        await _watch_lag(idle)
+    pss = [_pss_mib(machine.pid) for machine in machines if machine.pid is not None]
+    return [
+        Fact(Series("memory of an idle machine (PSS)", "MiB", tuple(pss))),
+        Fact(Series(f"one of {count} creations in a row", "ms", (each,))),
+        Fact(Series(f"lag of the fleet's loop while {count} are created", "ms", tuple(busy))),
+        Fact(Series(f"lag of the fleet's loop with {count} idle ones", "ms", tuple(idle))),
+    ]
+
+
+async def _watch_lag(into: list[float]) -> None:
+    """Note how much later than asked for a task has its turn."""
+    while True:
+        began = time.perf_counter()
+        await trio.sleep(_NAP_SECONDS)
+        into.append((time.perf_counter() - began - _NAP_SECONDS) * 1000)
+
+
+def _pss_mib(pid: int) -> float:
+    """Return a process's share of memory (proc(5), smaps_rollup)."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    return 0.0

@@ -1,0 +1,101 @@
+"""Looking into a machine: its process answers while it lives, and what it left does after that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+import trio
+
+from kvmd.errors import MachineStateError
+from kvmd.fleet.asking import ask
+from kvmd.fleet.base import Counters
+from kvmd.fleet.entry import Entry
+from kvmd.log import conversion_event
+from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
+from kvmd.machine_process.messages import (
+    READ_LIMIT,
+    RECORDS_LIMIT,
+    AskConversions,
+    AskCounters,
+    AskMap,
+    AskMemory,
+    Conversions,
+    CounterValues,
+    Memory,
+    MemoryMap,
+)
+from kvmd.ranges import GpaRange, PageState
+
+READ_MEMORY_LIMIT = 16 << 20
+"""Bytes of guest memory that one call reads, at most."""
+
+_NO_TIMES = (0.0, 0.0, 0.0, 0.0)
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
+
+
+async def counters(entry: Entry) -> Counters:
+    """Return what the machine did so far; of one that ended without a word, nothing."""
+    values = entry.end_counters
+    if not entry.ended:
+        try:
+            values = await ask(entry, "count", AskCounters(), CounterValues)
+        except MachineStateError:
+            values = entry.end_counters
+    if values is None:
+        values = CounterValues([], 0, 0, _NO_TIMES, _NO_TIMES, _NO_TIMES, 0)
+    await trio.lowlevel.checkpoint()
+    return Counters(
+        requests={(cause, to, outcome): requests for cause, to, outcome, requests in values.requests},
+        shared_bytes=values.shared_bytes,
+        private_bytes=values.private_bytes,
+        waiting_us=values.waiting_us,
+        applying_us=values.applying_us,
+        discarding_us=values.discarding_us,
+        lost=values.lost,
+    )
+
+
+async def memory_map(entry: Entry) -> Sequence[tuple[GpaRange, PageState]]:
+    """Return the state of all memory, as the fewest ranges, in order."""
+    answer = await ask(entry, "show the memory of it", AskMap(), MemoryMap)
+    return [(GpaRange(start, end), PageState(state)) for start, end, state in answer.ranges]
+
+
+async def read_memory(entry: Entry, gpa: int, size_bytes: int) -> bytes:
+    """Return shared memory. Raises PrivateMemory where a page of it is private, ValueError outside memory."""
+    if gpa < 0 or size_bytes < 1 or gpa + size_bytes > entry.info.spec.memory:
+        raise ValueError(f"{size_bytes} bytes at {gpa:#x} are not within memory")
+    if size_bytes > READ_MEMORY_LIMIT:
+        raise ValueError(f"{size_bytes} bytes are more than are read at once: {READ_MEMORY_LIMIT}")
+    data = bytearray()
+    for at in range(gpa, gpa + size_bytes, READ_LIMIT):
+        request = AskMemory(at, min(READ_LIMIT, gpa + size_bytes - at))
+        data += (await ask(entry, "read the memory of it", request, Memory)).data
+    return bytes(data)
+
+
+async def conversions(entry: Entry, *, since: int, limit: int) -> Sequence[dict[str, object]]:
+    """Return the recent conversions with a sequence above ``since``, oldest first, at most ``limit``."""
+    found: list[dict[str, object]] = []
+    while len(found) < limit and not entry.ended:
+        request = AskConversions(since, min(limit - len(found), RECORDS_LIMIT))
+        try:
+            records = (await ask(entry, "list conversions of it", request, Conversions)).records
+        except MachineStateError:
+            break  # it ended just now
+        if not records:
+            return found
+        found += [conversion_event(record, entry.name) for record in records]
+        since = records[-1].sequence
+    await trio.lowlevel.checkpoint()
+    if entry.ended and not entry.deleted and len(found) < limit:
+        try:
+            last = entry.folder.read(LAST_CONVERSIONS, LastConversions)
+        except BadFile as error:
+            _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
+            last = None
+        rest = [] if last is None else [record for record in last.records if record.sequence > since]
+        found += [conversion_event(record, entry.name) for record in rest[: limit - len(found)]]
+    return found
