@@ -24,8 +24,11 @@ COMMANDS = {
     "check": "Say what this host can do, and what it cannot.",
     "run": "Run one guest in the foreground.",
     "demo": "Run the built-in guests, and show what they converted.",
+    "daemon": "Look after machines, each a process of its own.",
+    "machine-process": "Be the process of one machine of the daemon's.",
 }
-"""Subcommands with their short help: each is the click command of its name in ``kvmd.cli``'s module of its name."""
+"""Subcommands with their short help: each is the click command of its name in ``kvmd.cli``'s module of its name, with
+``_`` for ``-``."""
 
 
 class LazyGroup(click.Group):
@@ -42,7 +45,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         import_structlog_without_rich()
-        command = getattr(importlib.import_module(f"kvmd.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command = getattr(importlib.import_module(f"kvmd.cli.{name}"), name)
         assert isinstance(command, click.Command)  # noqa: S101 - a module of ours that breaks its one rule is a bug
         return command
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from contextlib import ExitStack, suppress
 
@@ -17,11 +16,10 @@ from kvmd.fleet.entry import Entry
 from kvmd.fleet.recovery import open_pidfd
 from kvmd.fleet.spawner_link import SpawnerLink
 from kvmd.fleet.state_folder import StateFolder
-from kvmd.machine_process.folder import CONTROL, MACHINE, PROCESS, MachineFile, MachineFolder, ProcessFile
+from kvmd.machine_process.folder import MACHINE, PROCESS, MachineFile, MachineFolder, ProcessFile, listen_in
 from kvmd.machine_process.spawning import Birth
 from kvmd.spec import MachineSpec
 
-_BACKLOG = 128
 _READ_BYTES = 65536
 _KINDS = {"config": ConfigError, "image": ImageError, "host": HostError}
 
@@ -86,10 +84,7 @@ class Creator:
                 handed_over.callback(os.close, its)
                 # Made here, so that whoever looks finds it from the beginning: a connection to it is refused when,
                 # and only when, there is no process that will ever answer.
-                listening = handed_over.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-                listening.bind(folder.control)
-                os.chmod(CONTROL, 0o600, dir_fd=folder.fd)
-                listening.listen(_BACKLOG)
+                listening = handed_over.enter_context(listen_in(folder))
                 fds = [folder.fd, listening.fileno(), its, *([] if image is None else [image])]
                 await self._link.spawn(fds)
             data = bytearray()

@@ -24,6 +24,7 @@ through a descriptor, so that nobody gets hold of another folder that took its n
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +47,9 @@ STDERR = "stderr"
 LAST_CONVERSIONS = "conversions.last"
 END = "end.json"
 EXIT = "exit.json"
+
+_BACKLOG = 128
+"""Connections that wait for a process that is not ready yet."""
 
 _ASIDE = ".new"
 _FILE_LIMIT = 64 << 20
@@ -205,6 +209,23 @@ class MachineFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def listen_in(folder: MachineFolder) -> socket.socket:
+    """Return a machine's control socket, bound in its folder and listening.
+
+    Raises:
+        OSError: it cannot be made: EADDRINUSE where there is something of its name.
+    """
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(folder.control)
+        os.chmod(CONTROL, 0o600, dir_fd=folder.fd)
+        listening.listen(_BACKLOG)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 def decode_hook(kind: type, value: object) -> object:

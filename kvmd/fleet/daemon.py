@@ -1,0 +1,65 @@
+"""The life of the daemon: it takes its machines over, serves, drains, and leaves them running or stops them all."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import structlog
+import trio
+
+from kvmd.fleet.local import LocalFleet, open_fleet
+from kvmd.fleet.spawner_link import SPAWNER
+
+Serve = Callable[[LocalFleet, trio.Event], Awaitable[None]]
+"""Answers clients until the event is set; then it has ``drain_seconds`` to finish what it began, and is cancelled."""
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.daemon")
+
+
+async def run_daemon(
+    state: Path,
+    serve: Serve,
+    *,
+    drain_seconds: float,
+    stop_machines: bool,
+    spawner: Sequence[str] = SPAWNER,
+) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Args:
+        state: the state folder.
+        serve: see ``Serve``; when it returns by itself, the daemon ends too.
+        drain_seconds: how long clients, and after them machines that are stopped, have to come to an end.
+        stop_machines: stop all machines at the end, instead of leaving them for the next daemon.
+        spawner: the command of the machines' parent.
+
+    Raises:
+        HostError: the state folder cannot be used, or another daemon uses it.
+    """
+    async with open_fleet(state, spawner=spawner) as fleet:
+        _log.info("daemon-started", state=str(state), machines=len(fleet.machines()))
+        ending = trio.Event()
+        with trio.CancelScope() as serving:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_watch_signals, ending, serving, drain_seconds)
+                await serve(fleet, ending)
+                nursery.cancel_scope.cancel()
+        if serving.cancelled_caught:
+            _log.warning("clients-cut-off", after_seconds=drain_seconds)
+        if stop_machines:
+            await fleet.stop_all(drain_seconds)
+        left = sum(machine.end is None for machine in fleet.machines())
+        _log.info("daemon-stopped", machines_running=left)
+
+
+async def _watch_signals(ending: trio.Event, serving: trio.CancelScope, drain_seconds: float) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        async for number in received:
+            _log.info("daemon-stopping", signal=signal.Signals(number).name)
+            ending.set()
+            # The second signal is impatient.
+            deadline = trio.current_time() + drain_seconds if serving.deadline == math.inf else -math.inf
+            serving.deadline = deadline
