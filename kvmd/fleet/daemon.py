@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ async def run_daemon(
     Raises:
         HostError: the state folder cannot be used, or another daemon uses it.
     """
+    # Two descriptors a machine, and some a client.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     async with open_fleet(state, spawner=spawner) as fleet:
         _log.info("daemon-started", state=str(state), machines=len(fleet.machines()))
         ending = trio.Event()

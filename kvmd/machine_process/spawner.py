@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -150,6 +151,9 @@ def serve(link_fd: int, open_machine: OpenMachine) -> None:
     os.setsid()
     # What is meant for the daemon is not meant for its machines: they are ended one by one.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Two descriptors a child.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,61 @@ async def test_stopping_everything_has_a_deadline(local_site: Site) -> None:
         await fleet.stop_all(1)
         reasons = {machine.name: machine.end.reason for machine in fleet.machines() if machine.end}
         assert reasons == {"running": "operator", "stopped-by-signal": "killed", "created": "killed"}
+
+
+_DAEMON = """
+import sys, trio
+from functools import partial
+from pathlib import Path
+from kvmd.fleet.local import open_fleet
+from tests.fleet.conftest import spec
+
+async def main():
+    async with open_fleet(Path(sys.argv[1]), spawner=sys.argv[2:]) as fleet:
+        await fleet.create(spec(), owner_uid=0)
+        await fleet.start("guest")
+        print("ready", flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+async def test_a_daemon_that_is_killed_leaves_its_machines_running(local_site: Site) -> None:
+    with subprocess.Popen(  # noqa: ASYNC220, S603 - at once; our own interpreter
+        [sys.executable, "-c", _DAEMON, str(local_site.folder), *local_site.spawner],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as daemon:
+        assert daemon.stdout is not None
+        while not (line := daemon.stdout.readline()).startswith(b"ready"):
+            assert line, "the daemon ended"
+        # All that belongs to it: what a terminal that hangs up, or a careless service manager, would do.
+        os.killpg(daemon.pid, signal.SIGKILL)
+    async with last_opened(local_site) as fleet:
+        assert fleet.machine("guest").state == "running"
+        async with fleet.console("guest") as console:
+            await console.send(b"f")
+            assert (await until(console, b"f")) == b"echo: type\nf"
+        end = (await fleet.wait("guest", STOPPED)).end
+        assert end is not None
+        assert end.status == 3
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 4, 8, 16, 32])
+async def test_a_creation_that_is_given_up_leaves_nothing(fake_site: Site, turns: int) -> None:
+    async with last_opened(fake_site) as fleet:
+        await fleet.create(spec("first"), owner_uid=0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(fleet.create, spec(), owner_uid=0))
+            for _ in range(turns):
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        names = [machine.name for machine in fleet.machines()]
+        assert names == sorted(path.name for path in (fake_site.folder / "machines").iterdir())
+        if "guest" not in names:
+            await fleet.create(spec(), owner_uid=0)
+        assert (await fleet.start("guest")).state == "running"
 
 
 # -- what may be found in a state folder ---------------------------------------------------------------------
