@@ -326,13 +326,13 @@ async def test_a_machine_s_events_and_coming_back_to_any_of_them(site: Site) -> 
             assert again == seen[number + 1 :]
 
 
-@pytest.mark.parametrize("last_id", ["", "x", "-1", "1-", "0x1-2", "all~1.2", "\0", "9" * 100])
-async def test_an_id_that_never_was_is_refused(site: Site, last_id: str) -> None:
+async def test_an_id_that_never_was_is_refused(site: Site) -> None:
     async with fleet_of(site) as fleet:
         await fleet.create(spec(), owner_uid=0)
-        with pytest.raises(ValueError, match="never"):
-            async with fleet.events("guest", last_id=last_id):
-                pass
+        for last_id in ("", "x", "-1", "1-", "0x1-2", "all~1.2", "\0", "9" * 100):
+            with pytest.raises(ValueError, match="never"):
+                async with fleet.events("guest", last_id=last_id):
+                    pass
 
 
 async def test_the_events_of_all_machines(site: Site) -> None:

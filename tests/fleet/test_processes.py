@@ -433,7 +433,7 @@ async def test_a_disk_that_is_full_costs_files_and_no_machine(tmp_path: Path) ->
         f"trap '' XFSZ; ulimit -f 4; exec {FAKE_SPAWNER[0]} {FAKE_SPAWNER[1]} $0",
     )
     site = Site("process", tmp_path / "state", spawner)
-    text = b"0123456789ABDEG." * 512
+    text = b"0123456789ABDEG." * 256
     async with last_opened(site) as fleet:
         await running(fleet)
         async with fleet.console("guest") as console:
