@@ -35,7 +35,7 @@ _STOPPED = {StopReason.OPERATOR, StopReason.KILLED}
     "--guest",
     "names",
     multiple=True,
-    type=click.Choice(list(GUESTS)),
+    type=click.Choice([name for name in GUESTS if name != "echo"]),
     metavar="NAME",
     help=f"Only this guest; repeat it for more.  [default: {', '.join(DEFAULT_GUESTS)}]",
 )

@@ -28,11 +28,20 @@ pytestmark = pytest.mark.software
 PRIVATE, SHARED = PageState.PRIVATE, PageState.SHARED
 
 
-@pytest.mark.parametrize("name", [name for name in GUESTS if name != "hostile"])
+@pytest.mark.parametrize("name", [name for name in GUESTS if name not in {"hostile", "echo"}])
 @pytest.mark.parametrize("vcpus", [1, 4])
 async def test_a_well_behaved_guest_passes(run: Run, name: str, vcpus: int) -> None:
     ran = await run(name, vcpus=vcpus, accelerator="software")
     assert (ran.stop.reason, ran.stop.status) == (StopReason.GUEST_EXIT, 0), ran.output
+
+
+async def test_a_guest_reads_what_is_typed(open_machine: OpenMachine) -> None:
+    machine = open_machine("echo", vcpus=2, accelerator="software")
+    machine.typed.offer(b"aspspf")
+    ran = await finish(machine)
+    assert (ran.stop.reason, ran.stop.status) == (StopReason.GUEST_EXIT, 3)
+    assert ran.output == "echo: type\naspspf"
+    assert ran.converted(cause=Cause.IMPLICIT, to=SHARED) == 2
 
 
 @pytest.mark.parametrize("vcpus", [1, 4, 16])
