@@ -82,10 +82,14 @@ class Event(msgspec.Struct, frozen=True):
     """One line of a stream.
 
     Attributes:
-        id: grows within one stream; a reader that comes back names the last one it saw.
+        id: a place in the stream, to be handed back as it is: a reader that comes back names the last one it saw.
+            ``counters`` and ``lost`` have the id of the event before them.
         kind: ``conversion``, ``lifecycle``, ``counters`` or ``lost`` (how many the reader was too slow for).
         machine: its name.
-        data: JSON object.
+        data: JSON object. Of a conversion, what ``kvmd.log.conversion_event`` makes; of a lifecycle event ``change``
+            (``created``, ``started``, ``paused``, ``resumed``, ``stopped``, ``deleted``), ``state``, ``time`` and at
+            the end ``reason``, ``message``, ``status`` and ``signal``; of counters the fields of ``Counters`` with
+            ``requests`` as a list of objects; of lost ``lost``, a number.
     """
 
     id: str
@@ -101,7 +105,11 @@ class Console(Protocol):
         """Return the next output; empty at the machine's end."""
 
     async def send(self, data: bytes) -> None:
-        """Give the guest input; waits while the guest does not take it."""
+        """Give the guest input; waits while the guest does not take it.
+
+        Raises:
+            MachineStateError: the machine has ended.
+        """
 
 
 class Fleet(Protocol):
@@ -118,13 +126,16 @@ class Fleet(Protocol):
     def machine(self, name: str) -> MachineInfo:
         """Return one."""
 
-    async def create(self, spec: MachineSpec, *, owner_uid: int, image: int | None = None) -> MachineInfo:
+    async def create(
+        self, spec: MachineSpec, *, owner_uid: int, image: int | None = None, any_name: bool = False
+    ) -> MachineInfo:
         """Make a machine's process, with memory and vCPUs, not running yet.
 
         Args:
-            spec: of a name that is free, or "" for one that kvmd makes up.
+            spec: of a name that is free. (A spec always has one: without another, its image's.)
             owner_uid: who asked.
             image: an open file to load in place of ``spec.image``, which is only its name then. The caller closes it.
+            any_name: where the name is taken, use it with a number after it.
 
         Raises:
             MachineExists: the name is taken.
@@ -144,13 +155,20 @@ class Fleet(Protocol):
         """Let a paused machine's vCPUs in again."""
 
     async def stop(self, name: str) -> MachineInfo:
-        """Ask a running or paused machine to stop, and wait until it has."""
+        """Ask a running or paused machine to stop, and wait until it has.
+
+        Who asks while another waits sees the same end; who asks later, MachineStateError.
+        """
 
     async def kill(self, name: str) -> MachineInfo:
         """End a machine's process at once, whatever state it is in but stopped."""
 
     async def wait(self, name: str, states: frozenset[MachineState]) -> MachineInfo:
-        """Wait until the machine is in one of the states. The caller sets the deadline."""
+        """Wait until the machine is in one of the states. The caller sets the deadline.
+
+        Raises:
+            UnknownMachine: there is none of that name, or no longer.
+        """
 
     async def counters(self, name: str) -> Counters:
         """Return what the machine did so far; of a stopped one, at its end."""
@@ -165,10 +183,20 @@ class Fleet(Protocol):
         """Return the recent conversions with a sequence above ``since``, oldest first, at most ``limit``."""
 
     def events(self, name: str | None, *, last_id: str | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """Stream what happens to one machine, or to all; from after ``last_id`` as far back as it is kept."""
+        """Stream what happens to one machine, or to all.
+
+        Without ``last_id`` from now on; else from after that event, as far back as is kept, with a ``lost`` where
+        something is missing. One machine's stream ends with its machine.
+
+        Raises (on entering):
+            ValueError: ``last_id`` was never an id of such a stream.
+        """
 
     def console(self, name: str) -> AbstractAsyncContextManager[Console]:
         """Attach to a machine's console: what it printed lately comes first."""
 
     def console_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Follow what a machine prints, from its beginning as far back as it is kept."""
+
+    def log_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Follow what a machine's process logs, as lines of JSON, from as far back as it is kept."""
