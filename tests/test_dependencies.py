@@ -65,6 +65,9 @@ KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.host_choice", "kvmd.cli")
 FACES_ONLY = ("click", "rich")
 """Packages for people's eyes: a daemon's core must not draw."""
 
+API_ONLY = ("fastapi", "starlette", "pydantic", "anyio", "h11")
+"""Packages that the control API alone stands on: `kvmd run` must not wait for their import."""
+
 COMPUTED = "<computed>"
 
 PACKAGE = Path(kvmd.__file__).parent
@@ -188,6 +191,8 @@ def forbidden_imports(modules: list[Module]) -> list[str]:
             banned.append("kvmd.kvm")
         if not is_within(module.name, "kvmd.cli"):
             banned.extend(FACES_ONLY)
+        if not is_within(module.name, "kvmd.api"):
+            banned.extend(API_ONLY)
         for line, target in imports_of(module, known):
             if any(is_within(target, name) for name in banned):
                 found.append(f"{module.file}:{line} imports {target}, which {module.name} must do without")
@@ -354,6 +359,9 @@ def test_a_new_module_needs_a_layer() -> None:
         ("kvmd/protection/pieces.py", "import structlog", "structlog"),
         ("kvmd/vcpu_tasks.py", "from kvmd.kvm import uapi", "kvmd.kvm.uapi"),
         ("kvmd/machine.py", "import rich.text", "rich.text"),
+        ("kvmd/api/app.py", "import rich.text", "rich.text"),
+        ("kvmd/cli/main.py", "import fastapi", "fastapi"),
+        ("kvmd/fleet/base.py", "from pydantic import BaseModel", "pydantic"),
     ],
 )
 def test_a_forbidden_import_is_told(file: str, source: str, target: str) -> None:

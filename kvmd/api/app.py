@@ -1,0 +1,34 @@
+"""The whole API as one ASGI app: the gate, the routes, and how errors are told."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from kvmd import __version__
+from kvmd.api import errors
+from kvmd.api.access import AccessRules, Gate
+from kvmd.api.routes import machines
+from kvmd.api.server.asgi import App
+from kvmd.api.services import API_PREFIX, Services
+
+
+def make_app(services: Services, rules: AccessRules) -> App:
+    """Return the app that the server serves."""
+    return Gate(make_fastapi(services), rules)
+
+
+def make_fastapi(services: Services) -> FastAPI:
+    """Return the app without its gate."""
+    app = FastAPI(
+        title="kvmd",
+        version=__version__,
+        openapi_url=f"{API_PREFIX}/openapi.json",
+        # Their pages load scripts from elsewhere, and nobody has a browser on a Unix socket.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for module in (machines,):
+        app.include_router(module.router(services), prefix=API_PREFIX)
+    errors.install(app)
+    return app
