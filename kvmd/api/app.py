@@ -7,14 +7,15 @@ from fastapi import FastAPI
 from kvmd import __version__
 from kvmd.api import errors
 from kvmd.api.access import AccessRules, Gate
-from kvmd.api.routes import machines
+from kvmd.api.direct import Direct
+from kvmd.api.routes import console, events, guest_memory, host, machines, metrics
 from kvmd.api.server.asgi import App
 from kvmd.api.services import API_PREFIX, Services
 
 
 def make_app(services: Services, rules: AccessRules) -> App:
     """Return the app that the server serves."""
-    return Gate(make_fastapi(services), rules)
+    return Gate(Direct(make_fastapi(services), services.fleet), rules)
 
 
 def make_fastapi(services: Services) -> FastAPI:
@@ -28,7 +29,7 @@ def make_fastapi(services: Services) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for module in (machines,):
+    for module in (host, machines, guest_memory, events, console, metrics):
         app.include_router(module.router(services), prefix=API_PREFIX)
     errors.install(app)
     return app

@@ -58,7 +58,7 @@ class MachineRequest(Request):
         description=f"`{BUILTIN_PREFIX}` and the name of a built-in guest; a file in an allowed folder; or, where the "
         "request carries an open file, its name"
     )
-    name: Name | None = Field(None, description="by default made of the image's")
+    name: Name | None = Field(default=None, description="by default made of the image's")
     vcpus: Annotated[int, Field(ge=1, le=VCPU_LIMIT)] | None = None
     memory: Size | None = None
     protection: Literal["emulated", "guest-memfd", "auto", "none"] | None = None
@@ -299,7 +299,7 @@ class HostFacts(Answer):
     """What the host can do: `kvmd check --json`, asked when the daemon started."""
 
     usable: bool
-    problem: str | None = Field(None, description="why nothing more is known")
+    problem: str | None = Field(default=None, description="why nothing more is known")
     fault_layout: str | None = None
     tripwires: list[str] = []
     protections: dict[str, Protection] = {}
@@ -331,10 +331,10 @@ class ProblemDocument(Answer):
     title: str
     status: int
     detail: str
-    needed: str | None = Field(None, description="of wrong-state: the states that the action works in")
-    found: str | None = Field(None, description="of wrong-state: the state that the machine is in")
-    gpa: str | None = Field(None, description="of private-memory: the first private page")
-    errors: list[Mistake] | None = Field(None, description="of invalid-request: each mistake")
+    needed: str | None = Field(default=None, description="of wrong-state: the states that the action works in")
+    found: str | None = Field(default=None, description="of wrong-state: the state that the machine is in")
+    gpa: str | None = Field(default=None, description="of private-memory: the first private page")
+    errors: list[Mistake] | None = Field(default=None, description="of invalid-request: each mistake")
 
 
 def timestamp(wall_ns: int) -> str:

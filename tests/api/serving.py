@@ -69,9 +69,7 @@ class Client:
     async def post(self, target: str, body: object = None) -> Answer:
         return await self.request("POST", target, body)
 
-    async def begin(
-        self, method: str, target: str, body: object = None, headers: dict[str, str] | None = None
-    ) -> None:
+    async def begin(self, method: str, target: str, body: object = None, headers: dict[str, str] | None = None) -> None:
         """Send a request."""
         if self.http.our_state is h11.DONE:
             self.http.start_next_cycle()
@@ -106,6 +104,18 @@ class Client:
             return b""
         assert isinstance(event, h11.Data), event
         return bytes(event.data)
+
+    async def data_after_head(self) -> bytes:
+        """Return the first part of a response's content."""
+        await self.head()
+        return await self.data()
+
+    async def data_or_end(self) -> bytes:
+        """Return the next part of a response's content; nothing at its end, or where the connection was cut."""
+        try:
+            return await self.data()
+        except (h11.RemoteProtocolError, trio.BrokenResourceError):
+            return b""
 
     async def until(self, wanted: bytes) -> bytes:
         """Return a response's content up to where ``wanted`` has come."""

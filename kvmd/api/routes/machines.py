@@ -11,9 +11,11 @@ import trio
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
+from kvmd.api.direct import all_machines, one_machine
 from kvmd.api.images import check_passed, opened_image
 from kvmd.api.models import Machine, MachineRequest, Machines, Waited
 from kvmd.api.problems import ProblemType
+from kvmd.api.routes.query import StrictRoute
 from kvmd.api.server.asgi import PASSED_FILE
 from kvmd.api.services import API_PREFIX, Services, caller_of, json_response, problems, unless_over
 from kvmd.fleet.base import MachineInfo, MachineState
@@ -31,12 +33,12 @@ _ACTING = problems(ProblemType.UNKNOWN_MACHINE, ProblemType.WRONG_STATE, Problem
 def router(services: Services) -> APIRouter:  # noqa: C901 - one small function for each method of a resource
     """Return the routes."""
     fleet = services.fleet
-    routes = APIRouter(prefix="/machines", tags=["machines"])
+    routes = APIRouter(prefix="/machines", tags=["machines"], route_class=StrictRoute)
 
     @routes.get("", response_model=Machines, responses=problems(), operation_id="list_machines")
     async def list_machines() -> Response:
         """All machines, by name."""
-        return json_response(Machines.model_construct(machines=[Machine.of(info) for info in fleet.machines()]))
+        return Response(all_machines(fleet), media_type="application/json")
 
     @routes.post(
         "",
@@ -77,7 +79,7 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
     @routes.get("/{name}", response_model=Machine, responses=_UNKNOWN, operation_id="get_machine")
     async def get_machine(name: str) -> Response:
         """One machine."""
-        return json_response(Machine.of(fleet.machine(name)))
+        return Response(one_machine(fleet, name), media_type="application/json")
 
     @routes.delete("/{name}", status_code=204, responses=_ACTING, operation_id="delete_machine")
     async def delete_machine(name: str) -> Response:

@@ -62,6 +62,9 @@ class Server:
 
     def stop(self) -> None:
         """Let ``serve`` return: at once where nobody waits for anything, at the latest at the drain deadline."""
+        self._draining.set()
+        for connection in self._connections:
+            connection.drain()
         self._accepting.cancel()
 
     async def serve(
@@ -83,9 +86,6 @@ class Server:
                         accepting.start_soon(self._accept, listener, clients)
                     task_status.started()
             clients.cancel_scope.deadline = trio.current_time() + self._limits.drain_seconds
-            self._draining.set()
-            for connection in self._connections:
-                connection.drain()
 
     async def _accept(self, listener: trio.socket.SocketType, clients: trio.Nursery) -> None:
         while True:
