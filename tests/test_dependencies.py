@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("run gate", ("kvmd.run_gate",)),
     ("request channel", ("kvmd.request_channel",)),
     ("protection", ("kvmd.protection",)),
-    ("spec", ("kvmd.spec",)),
+    ("spec", ("kvmd.spec", "kvmd.daemon_config")),
     ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests")),
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),
