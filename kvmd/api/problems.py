@@ -38,6 +38,7 @@ class ProblemType(enum.Enum):
     HOST_LACKS = "host-lacks", 503, "The host lacks something that was asked for"
     BACKEND_FAILED = "backend-failed", 503, "The host refused a change of the machine"
     TOO_MANY_CONNECTIONS = "too-many-connections", 503, "There are too many connections"
+    HTTP_VERSION = "http-version", 505, "The request is of a version of HTTP that kvmd does not speak"
     STOPPING = "stopping", 503, "kvmd is stopping"
 
     @property
@@ -74,9 +75,10 @@ class Problem(Exception):
         more: Mapping[str, object] | None = None,
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
-        super().__init__(detail)
+        # A client's own words may be in it, and it ends up on terminals and in logs.
+        self.detail = detail if detail.isprintable() else repr(detail)
+        super().__init__(self.detail)
         self.kind = kind
-        self.detail = detail
         self.more = dict(more or {})
         self.headers = headers
 

@@ -74,10 +74,16 @@ class Streaming(Response, Generic[T]):
 
     async def _take(self, items: AsyncIterator[T], give: trio.MemorySendChannel[bytes]) -> None:
         with give:
-            async for item in items:
-                data = self._encode(item)
-                if data:
-                    await give.send(data)
+            try:
+                async for item in items:
+                    data = self._encode(item)
+                    if data:
+                        await give.send(data)
+            finally:
+                # Where it is an async generator, nobody else would end it before the garbage collector.
+                close = getattr(items, "aclose", None)
+                if close is not None:
+                    await close()
 
     async def _write(self, take: trio.MemoryReceiveChannel[bytes], send: Send) -> None:
         while True:

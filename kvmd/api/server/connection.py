@@ -71,6 +71,8 @@ class Connection:
             request = await self._next_request()
             if request is None:
                 return False
+            if not request.http_version.startswith(b"1."):
+                raise Problem(ProblemType.HTTP_VERSION, "kvmd speaks HTTP/1.1 and HTTP/1.0")
             self._head = request.method == b"HEAD"
             body = await self._body_of(request)
             # After the content: a descriptor may have come with its last bytes.

@@ -102,6 +102,8 @@ class Exchange:
                 self._start = message
                 if message["status"] == _SWITCHING_PROTOCOLS:
                     await self._switch(message)
+            case "http.response.body" if self.complete and self._head:
+                await trio.lowlevel.checkpoint()  # the app goes on with content that was never wanted
             case "http.response.body" if self._start is not None and not self.complete:
                 body, more = message.get("body", b""), message.get("more_body", False)
                 if self.upgraded:
@@ -144,11 +146,14 @@ class Exchange:
             await trio.lowlevel.checkpoint()
             return
         written = False
-        with trio.move_on_after(seconds):
-            written = await self._wire.send(data)
-        if not written:
-            self._gone = True
-            self._let_go()
+        try:
+            with trio.move_on_after(seconds):
+                written = await self._wire.send(data)
+        finally:
+            if not written:
+                # Cancelled or failed in the middle: nothing that follows would make sense to the client.
+                self._gone = True
+                self._let_go()
 
     def _let_go(self) -> None:
         """Let a ``receive`` that waits for the client's end return."""
