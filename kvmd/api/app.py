@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
-
 from kvmd import __version__
 from kvmd.api import errors
 from kvmd.api.access import AccessRules, Gate
 from kvmd.api.direct import Direct
+from kvmd.api.openapi import DocumentedApi
 from kvmd.api.routes import console, events, guest_memory, host, machines, metrics
 from kvmd.api.server.asgi import App
 from kvmd.api.services import API_PREFIX, Services
@@ -18,9 +17,9 @@ def make_app(services: Services, rules: AccessRules) -> App:
     return Gate(Direct(make_fastapi(services), services.fleet), rules)
 
 
-def make_fastapi(services: Services) -> FastAPI:
+def make_fastapi(services: Services) -> DocumentedApi:
     """Return the app without its gate."""
-    app = FastAPI(
+    app = DocumentedApi(
         title="kvmd",
         version=__version__,
         openapi_url=f"{API_PREFIX}/openapi.json",

@@ -13,8 +13,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from kvmd.api.access import CALLER, Caller
-from kvmd.api.models import HostFacts, ProblemDocument
-from kvmd.api.problems import MEDIA_TYPE, Problem, ProblemType
+from kvmd.api.models import HostFacts
+from kvmd.api.problems import Problem, ProblemType
 from kvmd.api.server.asgi import DRAINING
 from kvmd.api.streams import cancel_when_over
 from kvmd.fleet.base import Fleet
@@ -90,19 +90,3 @@ async def unless_over(request: Request, action: Callable[[], Awaitable[T]]) -> T
         return results[0]
     why = "kvmd is stopping" if request.scope["extensions"][DRAINING].is_set() else "the client has gone"
     raise Problem(ProblemType.STOPPING, why)
-
-
-def problems(*kinds: ProblemType) -> dict[int | str, dict[str, object]]:
-    """Return what FastAPI writes of a route's problems into the OpenAPI document; some can happen to any."""
-    always = (ProblemType.BAD_REQUEST, ProblemType.FORBIDDEN, ProblemType.INVALID_REQUEST)
-    by_status: dict[int | str, list[ProblemType]] = {}
-    for kind in sorted({*always, *kinds}, key=lambda kind: kind.value):
-        by_status.setdefault(kind.status, []).append(kind)
-    return {
-        status: {
-            "model": ProblemDocument,
-            "description": ", ".join(f"`{kind.value[0]}`" for kind in found),
-            "content": {MEDIA_TYPE.decode(): {}},
-        }
-        for status, found in sorted(by_status.items(), key=lambda item: int(item[0]))
-    }

@@ -8,10 +8,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from kvmd.api.openapi import problems
 from kvmd.api.problems import Problem, ProblemType
 from kvmd.api.routes.query import StrictRoute
 from kvmd.api.server.asgi import UPGRADE
-from kvmd.api.services import Services, caller_of, problems, unless_over
+from kvmd.api.services import Services, caller_of, unless_over
 from kvmd.api.streams import ConsoleConnection, Streaming
 
 PROTOCOL = "kvmd-console"

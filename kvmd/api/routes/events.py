@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response
 
+from kvmd.api.openapi import problems
 from kvmd.api.problems import Problem, ProblemType
 from kvmd.api.routes.query import StrictRoute
-from kvmd.api.services import Services, problems
+from kvmd.api.services import Services
 from kvmd.api.streams import Streaming, sse
 from kvmd.fleet.base import Event
 

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from kvmd.api.models import Conversions, MachineCounters, MemoryMap
+from kvmd.api.openapi import problems
 from kvmd.api.problems import Problem, ProblemType
 from kvmd.api.routes.query import StrictRoute
-from kvmd.api.services import Services, caller_of, json_response, problems
+from kvmd.api.services import Services, caller_of, json_response
 from kvmd.fleet.base import Fleet
 from kvmd.units import MIB
 

@@ -7,8 +7,9 @@ from fastapi.responses import Response
 
 from kvmd import __version__
 from kvmd.api.models import Host
+from kvmd.api.openapi import problems
 from kvmd.api.routes.query import StrictRoute
-from kvmd.api.services import Services, json_response, problems
+from kvmd.api.services import Services, json_response
 
 
 def router(services: Services) -> APIRouter:

@@ -14,10 +14,11 @@ from fastapi.responses import Response
 from kvmd.api.direct import all_machines, one_machine
 from kvmd.api.images import check_passed, opened_image
 from kvmd.api.models import Machine, MachineRequest, Machines, Waited
+from kvmd.api.openapi import problems
 from kvmd.api.problems import ProblemType
 from kvmd.api.routes.query import StrictRoute
 from kvmd.api.server.asgi import PASSED_FILE
-from kvmd.api.services import API_PREFIX, Services, caller_of, json_response, problems, unless_over
+from kvmd.api.services import API_PREFIX, Services, caller_of, json_response, unless_over
 from kvmd.fleet.base import MachineInfo, MachineState
 from kvmd.spec import spec_of
 

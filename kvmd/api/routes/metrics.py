@@ -8,8 +8,9 @@ import trio
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from kvmd.api.openapi import problems
 from kvmd.api.routes.query import StrictRoute
-from kvmd.api.services import ServerFigures, Services, problems
+from kvmd.api.services import ServerFigures, Services
 from kvmd.errors import KvmdError
 from kvmd.fleet.base import Counters, Fleet, MachineInfo
 
