@@ -126,7 +126,7 @@ def open_folder() -> Iterator[Path]:
     ("groups", "statuses"),
     [
         ([OPERATORS], [200, 200, 200, 200, 426]),
-        ([*range(1000, 1200), VIEWERS], [200, 200, 403, 403, 403]),
+        ([*range(1000, 2000), VIEWERS], [200, 200, 403, 403, 403]),
         ([], [403] * 5),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import socket
 import struct
 from dataclasses import dataclass
@@ -14,7 +17,10 @@ _UCRED = struct.Struct("iII")
 _GROUPS_LIMIT = 65536
 """NGROUPS_MAX (include/uapi/linux/limits.h)."""
 
-_USUAL_GROUPS = 64
+_PYTHON_LIMIT = 1024
+"""Bytes that Python's getsockopt returns at most: 256 groups, which few users have."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class HasOptions(Protocol):
@@ -22,6 +28,9 @@ class HasOptions(Protocol):
 
     def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
         """Return an option's value."""
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +59,19 @@ def peer_of(connection: HasOptions) -> Peer:
 
 
 def _supplementary(connection: HasOptions) -> tuple[int, ...]:
-    for count in (_USUAL_GROUPS, _GROUPS_LIMIT):
-        try:
-            data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * count)
-        except OSError:
-            if count == _GROUPS_LIMIT:
-                raise
-            continue  # ERANGE: there are more of them
-        return struct.unpack(f"{len(data) // 4}I", data)
-    raise AssertionError  # the last turn returns or raises
+    try:
+        data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _PYTHON_LIMIT)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        data = _many_groups(connection.fileno())
+    return struct.unpack(f"{len(data) // 4}I", data)
+
+
+def _many_groups(fd: int) -> bytes:
+    buffer = ctypes.create_string_buffer(4 * _GROUPS_LIMIT)
+    length = ctypes.c_uint32(len(buffer))
+    if _libc.getsockopt(fd, socket.SOL_SOCKET, _SO_PEERGROUPS, buffer, ctypes.byref(length)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return buffer.raw[: length.value]
