@@ -21,6 +21,7 @@ BENCHMARKS = {
     "start": "the start of `kvmd run` to the guest's first output",
     "blocks": "what conversions and a machine's start cost, by block size, memory and pages",
     "large": "explicit conversions of a large range, beside the bare ioctls (in the lab: lab/README.md)",
+    "api": "the control API: a small GET beside a bare h11 echo, and streams of events",
     "memory": "host memory that large machines take before the guest touches any",
 }
 """Benchmarks with one line each: each is ``measure(options)`` in the module of its name."""
