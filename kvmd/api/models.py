@@ -61,6 +61,7 @@ class MachineRequest(Request):
     name: Name | None = Field(default=None, description="by default made of the image's")
     vcpus: Annotated[int, Field(ge=1, le=VCPU_LIMIT)] | None = None
     memory: Size | None = None
+    accelerator: Literal["auto", "kvm", "software"] | None = None
     protection: Literal["emulated", "guest-memfd", "auto", "none"] | None = None
     tripwire: Literal["auto", "attribute", "guest_memfd", "hole"] | None = None
     initial: Literal["private", "shared"] | None = None
@@ -88,6 +89,7 @@ class Spec(Answer):
     image: str
     vcpus: int
     memory: int
+    accelerator: str
     protection: str
     tripwire: str
     initial: str
@@ -103,6 +105,7 @@ class Spec(Answer):
             image=image_name(spec),
             vcpus=spec.vcpus,
             memory=spec.memory,
+            accelerator=spec.accelerator,
             protection=spec.protection,
             tripwire=spec.tripwire,
             initial=spec.initial,
@@ -276,8 +279,8 @@ class MachineCounters(Answer):
 # -- host and problems -------------------------------------------------------------------------------------------------
 
 
-class Protection(Answer):
-    """Whether a protection works here."""
+class Usable(Answer):
+    """Whether something works here, and why not."""
 
     usable: bool
     problem: str | None
@@ -300,9 +303,11 @@ class HostFacts(Answer):
 
     usable: bool
     problem: str | None = Field(default=None, description="why nothing more is known")
+    accelerators: dict[str, Usable] = {}
+    accelerator: str | None = Field(default=None, description="that `auto` takes")
     fault_layout: str | None = None
     tripwires: list[str] = []
-    protections: dict[str, Protection] = {}
+    protections: dict[str, Usable] = {}
     auto: str | None = None
     max_vcpus: int = 0
     recommended_vcpus: int = 0
