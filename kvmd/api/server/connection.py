@@ -134,13 +134,16 @@ class Connection:
         length = next((value for name, value in request.headers if name == b"content-length"), b"0")
         if int(length) > limits.body_bytes:
             raise too_large
+        event = self._http.next_event()
+        if isinstance(event, h11.EndOfMessage):
+            return b""
         body = bytearray()
         with trio.move_on_after(limits.body_seconds):
             if self._http.they_are_waiting_for_100_continue:
                 go_on = self._http.send(h11.InformationalResponse(status_code=100, headers=[])) or b""
                 await self._wire.send(go_on)
             while True:
-                match self._http.next_event():
+                match event:
                     case h11.NEED_DATA:
                         self._http.receive_data(await self._wire.receive())
                     case h11.Data(data=data):
@@ -149,6 +152,7 @@ class Connection:
                             raise too_large
                     case _:
                         return bytes(body)
+                event = self._http.next_event()
         raise Problem(ProblemType.REQUEST_TIMEOUT, f"the content did not arrive within {limits.body_seconds:g} s")
 
     def _scope_of(self, request: h11.Request) -> Scope:

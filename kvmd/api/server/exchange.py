@@ -147,8 +147,7 @@ class Exchange:
             return
         written = False
         try:
-            with trio.move_on_after(seconds):
-                written = await self._wire.send(data)
+            written = await self._wire.send(data, seconds)
         finally:
             if not written:
                 # Cancelled or failed in the middle: nothing that follows would make sense to the client.
