@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("run gate", ("kvmd.run_gate",)),
     ("request channel", ("kvmd.request_channel",)),
     ("protection", ("kvmd.protection",)),
-    ("spec", ("kvmd.spec",)),
+    ("spec", ("kvmd.spec", "kvmd.daemon_config")),
     ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests")),
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),
@@ -72,6 +72,9 @@ _LOCKING = {"flock", "LOCK_EX", "LOCK_NB"}
 
 FACES_ONLY = ("click", "rich")
 """Packages for people's eyes: a daemon's core must not draw."""
+
+API_ONLY = ("fastapi", "starlette", "pydantic", "anyio", "h11")
+"""Packages that the control API alone stands on: `kvmd run` must not wait for their import."""
 
 COMPUTED = "<computed>"
 
@@ -196,6 +199,8 @@ def forbidden_imports(modules: list[Module]) -> list[str]:
             banned.append("kvmd.kvm")
         if not is_within(module.name, "kvmd.cli"):
             banned.extend(FACES_ONLY)
+        if not is_within(module.name, "kvmd.api"):
+            banned.extend(API_ONLY)
         for line, target in imports_of(module, known):
             if any(is_within(target, name) for name in banned):
                 found.append(f"{module.file}:{line} imports {target}, which {module.name} must do without")
@@ -366,6 +371,9 @@ def test_a_new_module_needs_a_layer() -> None:
         ("kvmd/protection/pieces.py", "import structlog", "structlog"),
         ("kvmd/vcpu_tasks.py", "from kvmd.kvm import uapi", "kvmd.kvm.uapi"),
         ("kvmd/machine.py", "import rich.text", "rich.text"),
+        ("kvmd/api/app.py", "import rich.text", "rich.text"),
+        ("kvmd/cli/main.py", "import fastapi", "fastapi"),
+        ("kvmd/fleet/base.py", "from pydantic import BaseModel", "pydantic"),
     ],
 )
 def test_a_forbidden_import_is_told(file: str, source: str, target: str) -> None:

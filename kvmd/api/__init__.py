@@ -1,1 +1,1 @@
-"""The control API on a Unix socket: filled by the daemon."""
+"""The control API: HTTP/1.1 and JSON on a Unix socket (docs/api.md)."""

@@ -1,0 +1,92 @@
+"""The API as the daemon runs it: made of its configuration, on sockets of its own or on those that it was given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import structlog
+import trio
+
+from kvmd.api.access import AccessRules
+from kvmd.api.app import make_app
+from kvmd.api.models import HostFacts
+from kvmd.api.server.limits import Limits
+from kvmd.api.server.listen import listening
+from kvmd.api.server.server import Server
+from kvmd.api.services import ServerFigures, Services
+from kvmd.daemon_config import DaemonConfig, group_id
+from kvmd.fleet.base import Fleet
+
+
+class ControlApi:
+    """The control API of one daemon.
+
+    Args:
+        config: who may use it, and where.
+        fleet: the machines.
+        host: what ``kvmd check --json`` says.
+        log: told of bugs and shortages.
+
+    Raises:
+        ConfigError: the configuration names a group that there is not.
+    """
+
+    def __init__(
+        self,
+        config: DaemonConfig,
+        fleet: Fleet,
+        host: Mapping[str, object],
+        log: structlog.typing.FilteringBoundLogger | None = None,
+    ) -> None:
+        self._config = config.api
+        self._operators = group_id("api.operators", config.api.operators)
+        self._viewers = group_id("api.viewers", config.api.viewers)
+        rules = AccessRules(own_uid=os.geteuid(), operators=self._operators, viewers=self._viewers)
+        services = Services(
+            fleet=fleet,
+            host=HostFacts.model_validate(host),
+            image_folders=[Path(folder) for folder in config.images.folders],
+            figures=self._figures,
+        )
+        limits = Limits(
+            connections=config.api.connections,
+            connections_per_user=config.api.connections_per_user,
+            drain_seconds=config.api.drain_seconds,
+        )
+        self._server = Server(make_app(services, rules), limits=limits, log=log)
+
+    async def serve(
+        self,
+        given: Sequence[trio.socket.SocketType] = (),
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until ``stop``, and drain.
+
+        Args:
+            given: listening sockets of somebody else's, such as systemd's, in place of those of the configuration.
+            task_status: told once connections are taken.
+
+        Raises:
+            ConfigError: another daemon listens, or a path is no place for a socket.
+            HostError: a socket cannot be made.
+        """
+        with ExitStack() as stack:
+            listeners = list(given)
+            if not listeners:
+                listeners.append(stack.enter_context(listening(Path(self._config.socket), group=self._operators)))
+                if self._viewers is not None:
+                    path = Path(self._config.viewers_socket)
+                    listeners.append(stack.enter_context(listening(path, group=self._viewers)))
+            await self._server.serve(listeners, task_status=task_status)
+
+    def stop(self) -> None:
+        """Let ``serve`` return, at the latest after the drain deadline."""
+        self._server.stop()
+
+    def _figures(self) -> ServerFigures:
+        server = self._server
+        return ServerFigures(server.open_connections, server.accepted, server.refused)

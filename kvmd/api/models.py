@@ -1,0 +1,361 @@
+"""What the API takes and gives, as pydantic models: the OpenAPI document is made of them.
+
+What is taken is strict and refuses unknown fields. What is given may grow fields in later versions.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvmd.fleet.base import Counters, MachineEnd, MachineInfo, MachineState
+from kvmd.guests import GUESTS
+from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, VCPU_LIMIT, MachineSpec
+
+NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
+"""The names that ``kvmd.spec`` allows."""
+
+SIZE_PATTERN = "^[0-9]{1,15}[KMGT]?$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
+Size = (
+    Annotated[int, Field(ge=0, lt=1 << 53, description="bytes")]
+    | Annotated[str, Field(pattern=SIZE_PATTERN, description="with K, M, G or T, powers of 1024", examples=["64M"])]
+)
+
+
+class Request(BaseModel):
+    """Base of what is taken."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Answer(BaseModel):
+    """Base of what is given."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+
+# -- machines ----------------------------------------------------------------------------------------------------------
+
+
+class ConversionRequest(Request):
+    """Bounds on conversions; see config/pingpong.toml."""
+
+    chunk: Size | None = None
+    no_progress_limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_ranges: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    implicit: Literal["allow", "keep-explicit", "deny"] | None = None
+
+
+class MachineRequest(Request):
+    """A machine to create: what the TOML file of `kvmd run` says."""
+
+    image: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description=f"`{BUILTIN_PREFIX}` and the name of a built-in guest; a file in an allowed folder; or, where the "
+        "request carries an open file, its name"
+    )
+    name: Name | None = Field(default=None, description="by default made of the image's")
+    vcpus: Annotated[int, Field(ge=1, le=VCPU_LIMIT)] | None = None
+    memory: Size | None = None
+    accelerator: Literal["auto", "kvm", "software"] | None = None
+    protection: Literal["emulated", "guest-memfd", "auto", "none"] | None = None
+    tripwire: Literal["auto", "attribute", "guest_memfd", "hole"] | None = None
+    initial: Literal["private", "shared"] | None = None
+    cpl: Literal[0, 3] | None = None
+    arguments: Annotated[list[U64], Field(max_length=ARGUMENT_LIMIT)] | None = None
+    conversion: ConversionRequest | None = None
+
+    def document(self) -> dict[str, object]:
+        """Return it as ``kvmd.spec.spec_of`` wants it."""
+        return self.model_dump(exclude_none=True)
+
+
+class ConversionBounds(Answer):
+    """Bounds on conversions, as they are in force."""
+
+    chunk: int
+    no_progress_limit: int
+    max_ranges: int
+    implicit: str
+
+
+class Spec(Answer):
+    """What a machine is made of; sizes in bytes."""
+
+    image: str
+    vcpus: int
+    memory: int
+    accelerator: str
+    protection: str
+    tripwire: str
+    initial: str
+    cpl: int
+    arguments: list[int]
+    conversion: ConversionBounds
+
+    @classmethod
+    def of(cls, spec: MachineSpec) -> Spec:
+        """Return the spec as clients see it."""
+        bounds = spec.conversion
+        return cls.model_construct(
+            image=image_name(spec),
+            vcpus=spec.vcpus,
+            memory=spec.memory,
+            accelerator=spec.accelerator,
+            protection=spec.protection,
+            tripwire=spec.tripwire,
+            initial=spec.initial,
+            cpl=spec.cpl,
+            arguments=list(spec.arguments),
+            conversion=ConversionBounds.model_construct(
+                chunk=bounds.chunk,
+                no_progress_limit=bounds.no_progress_limit,
+                max_ranges=bounds.max_ranges,
+                implicit=bounds.implicit,
+            ),
+        )
+
+
+class End(Answer):
+    """How a machine ended."""
+
+    reason: str = Field(examples=["guest-exit", "process-died"])
+    message: str
+    status: int = Field(description="exit status, 0 to 255")
+    signal: int | None = Field(description="that ended the process")
+    time: str
+
+    @classmethod
+    def of(cls, end: MachineEnd) -> End:
+        """Return the end as clients see it."""
+        return cls.model_construct(
+            reason=end.reason, message=end.message, status=end.status, signal=end.signal, time=timestamp(end.wall_ns)
+        )
+
+
+class Machine(Answer):
+    """A machine as it is now."""
+
+    name: str
+    state: MachineState
+    spec: Spec
+    owner_uid: int = Field(description="who created it")
+    created: str = Field(description="RFC 3339, UTC")
+    started: str | None
+    pid: int | None = Field(description="of its process; null once that has ended")
+    facts: dict[str, Any] = Field(description="what its process said when it opened: protection, tripwire and so on")
+    end: End | None
+
+    @classmethod
+    def of(cls, info: MachineInfo) -> Machine:
+        """Return the machine as clients see it.
+
+        Nothing is validated here (``model_construct``): it comes from kvmd, and ``tests/api`` check every answer
+        against the OpenAPI document.
+        """
+        return cls.model_construct(
+            name=info.name,
+            state=info.state,
+            spec=Spec.of(info.spec),
+            owner_uid=info.owner_uid,
+            created=timestamp(info.created_ns),
+            started=None if info.started_ns is None else timestamp(info.started_ns),
+            pid=info.pid,
+            facts=info.facts,
+            end=None if info.end is None else End.of(info.end),
+        )
+
+
+class Machines(Answer):
+    """All machines, by name."""
+
+    machines: list[Machine]
+
+
+class Waited(Answer):
+    """What a wait came to."""
+
+    reached: bool = Field(description="false where the time was over first")
+    machine: Machine
+
+
+# -- memory and conversions --------------------------------------------------------------------------------------------
+
+
+class MemoryRange(Answer):
+    """Memory in one state."""
+
+    gpa: str = Field(description="start, hexadecimal", examples=["0x200000"])
+    size: int = Field(description="bytes")
+    state: Literal["private", "shared"]
+
+
+class MemoryMap(Answer):
+    """The state of guest memory, as the fewest ranges, in order."""
+
+    ranges: list[MemoryRange]
+    next: str | None = Field(description="the `from` of the next part; null at the end of memory")
+
+
+class Conversion(Answer):
+    """One answered request for a conversion."""
+
+    sequence: int
+    time: str
+    monotonic_ns: int
+    machine: str
+    vcpu: int
+    cause: Literal["implicit", "explicit"]
+    gpa: str
+    size: int
+    from_: str | None = Field(alias="from", description="null where the range was not all in one state")
+    to: Literal["private", "shared"]
+    outcome: Literal["converted", "spurious", "stale", "refused", "failed"]
+    merged: int
+    waiting_us: float
+    applying_us: float
+    discarding_us: float
+
+
+class Conversions(Answer):
+    """Recent conversions, oldest first."""
+
+    conversions: list[Conversion]
+    next: int = Field(description="the `since` of the next page; the same again where there is nothing new")
+    more: bool = Field(description="whether there was more than was looked at")
+    lost: int = Field(description="how many after `since` were forgotten already")
+
+
+class Requests(Answer):
+    """How many requests for conversions had this cause, direction and outcome."""
+
+    cause: str
+    to: str
+    outcome: str
+    count: int
+
+
+class Latency(Answer):
+    """Percentiles and the maximum, in microseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+class MachineCounters(Answer):
+    """What a machine did so far."""
+
+    requests: list[Requests]
+    shared_bytes: int
+    private_bytes: int
+    waiting_us: Latency
+    applying_us: Latency
+    discarding_us: Latency
+    lost: int = Field(description="records that were dropped before they were counted")
+
+    @classmethod
+    def of(cls, counters: Counters) -> MachineCounters:
+        """Return the counters as clients see them."""
+        return cls(
+            requests=[
+                Requests(cause=cause, to=to, outcome=outcome, count=count)
+                for (cause, to, outcome), count in sorted(counters.requests.items())
+            ],
+            shared_bytes=counters.shared_bytes,
+            private_bytes=counters.private_bytes,
+            waiting_us=_latency(counters.waiting_us),
+            applying_us=_latency(counters.applying_us),
+            discarding_us=_latency(counters.discarding_us),
+            lost=counters.lost,
+        )
+
+
+# -- host and problems -------------------------------------------------------------------------------------------------
+
+
+class Usable(Answer):
+    """Whether something works here, and why not."""
+
+    usable: bool
+    problem: str | None
+
+
+class Capability(Answer):
+    """One capability of KVM."""
+
+    name: str
+    vm_type: str | None
+    value: int | None
+    problem: str | None
+    required: bool
+    purpose: str
+    without: str
+
+
+class HostFacts(Answer):
+    """What the host can do: `kvmd check --json`, asked when the daemon started."""
+
+    usable: bool
+    problem: str | None = Field(default=None, description="why nothing more is known")
+    accelerators: dict[str, Usable] = {}
+    accelerator: str | None = Field(default=None, description="that `auto` takes")
+    fault_layout: str | None = None
+    tripwires: list[str] = []
+    protections: dict[str, Usable] = {}
+    auto: str | None = None
+    max_vcpus: int = 0
+    recommended_vcpus: int = 0
+    memslots: int = 0
+    capabilities: list[Capability] = []
+
+
+class Host(Answer):
+    """The daemon and its host."""
+
+    version: str = Field(description="of kvmd")
+    host: HostFacts
+
+
+class Mistake(Answer):
+    """One mistake in a request."""
+
+    where: str = Field(examples=["body.vcpus"])
+    problem: str
+
+
+class ProblemDocument(Answer):
+    """Why a request was refused (RFC 9457)."""
+
+    type: str = Field(description="stable; docs/api.md lists them", examples=["urn:kvmd:problem:unknown-machine"])
+    title: str
+    status: int
+    detail: str
+    needed: str | None = Field(default=None, description="of wrong-state: the states that the action works in")
+    found: str | None = Field(default=None, description="of wrong-state: the state that the machine is in")
+    gpa: str | None = Field(default=None, description="of private-memory: the first private page")
+    errors: list[Mistake] | None = Field(default=None, description="of invalid-request: each mistake")
+
+
+def timestamp(wall_ns: int) -> str:
+    """Return a time since the epoch as RFC 3339 text with microseconds."""
+    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"
+
+
+def image_name(spec: MachineSpec) -> str:
+    """Return an image as a client would name it."""
+    return _BUILTIN_NAMES.get(spec.image) or str(spec.image)
+
+
+_BUILTIN_NAMES = {guest.path: BUILTIN_PREFIX + name for name, guest in GUESTS.items()}
+
+
+def _latency(values: tuple[float, float, float, float]) -> Latency:
+    p50, p90, p99, maximum = values
+    return Latency(p50=p50, p90=p90, p99=p99, max=maximum)

@@ -1,0 +1,171 @@
+"""Responses without an end: events, console, log. They end with what they show, with their client, or with kvmd.
+
+No async generator of the fleet's is ever cancelled while it works: a task of its own takes from it, and hands over
+through a channel. So its ``finally`` runs where it should, and a keep-alive needs no deadline on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Generic, TypeVar
+
+import msgspec
+import trio
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from kvmd.api.server.asgi import DRAINING
+from kvmd.errors import MachineStateError
+from kvmd.fleet.base import Console, Event
+
+KEEP_ALIVE_SECONDS = 15.0
+"""After so long without an event a comment is sent, so that a connection without a client is found out."""
+
+_ITEMS = 256
+"""Items between the task that takes and the one that writes. A reader that is slower loses them in the fleet, which
+counts them."""
+
+_WRITE_BYTES = 65536
+_END = {"type": "http.response.body", "body": b"", "more_body": False}
+
+T = TypeVar("T")
+
+
+class Streaming(Response, Generic[T]):
+    """Sends what a stream of the fleet's yields, as it comes.
+
+    Args:
+        opened: enters the stream; its errors are answered like any other's, since nothing was sent by then.
+        encode: makes bytes of an item.
+        media_type: of all of it.
+        greeting: sent at once, so that a client knows that it is connected.
+        keep_alive: sent after ``KEEP_ALIVE_SECONDS`` without an item; nothing is where it is empty.
+    """
+
+    def __init__(
+        self,
+        opened: Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]],
+        encode: Callable[[T], bytes],
+        *,
+        media_type: str,
+        greeting: bytes = b"",
+        keep_alive: bytes = b"",
+    ) -> None:
+        super().__init__(media_type=media_type, headers={"cache-control": "no-store"})
+        del self.headers["content-length"]
+        self._opened = opened
+        self._encode = encode
+        self._greeting = greeting
+        self._keep_alive = keep_alive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until one of the three ends."""
+        async with self._opened() as items:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel_when_over, scope, receive, nursery.cancel_scope)
+                give, take = trio.open_memory_channel[bytes](_ITEMS)
+                nursery.start_soon(self._take, items, give)
+                await send({"type": "http.response.body", "body": self._greeting, "more_body": True})
+                await self._write(take, send)
+                nursery.cancel_scope.cancel()
+            await send(_END)
+
+    async def _take(self, items: AsyncIterator[T], give: trio.MemorySendChannel[bytes]) -> None:
+        with give:
+            try:
+                async for item in items:
+                    data = self._encode(item)
+                    if data:
+                        # Most events come in batches: a task switch for each would be most of their cost.
+                        try:
+                            give.send_nowait(data)
+                        except trio.WouldBlock:
+                            await give.send(data)
+            finally:
+                # Where it is an async generator, nobody else would end it before the garbage collector.
+                close = getattr(items, "aclose", None)
+                if close is not None:
+                    await close()
+
+    async def _write(self, take: trio.MemoryReceiveChannel[bytes], send: Send) -> None:
+        while True:
+            data = self._keep_alive
+            with trio.move_on_after(KEEP_ALIVE_SECONDS):
+                try:
+                    data = await take.receive()
+                except trio.EndOfChannel:
+                    return
+                data += _what_is_there(take)
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+class ConsoleConnection(Response):
+    """A console on an upgraded connection: what the client sends is typed, what the guest prints comes back.
+
+    Args:
+        opened: attaches to the console.
+        protocol: the name that both sides agreed on.
+    """
+
+    def __init__(self, opened: Callable[[], AbstractAsyncContextManager[Console]], protocol: str) -> None:
+        super().__init__(status_code=101, headers={"upgrade": protocol})
+        self._opened = opened
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Carry bytes both ways until one side ends."""
+        async with self._opened() as console:
+            headers = [(name, value) for name, value in self.raw_headers if name == b"upgrade"]
+            await send({"type": "http.response.start", "status": 101, "headers": headers})
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_when_draining, scope, nursery.cancel_scope)
+                nursery.start_soon(_type, console, receive, nursery.cancel_scope)
+                while data := await console.receive():
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                nursery.cancel_scope.cancel()
+
+
+async def _type(console: Console, receive: Receive, scope: trio.CancelScope) -> None:
+    while (message := await receive())["type"] == "http.request":
+        try:
+            if message["body"]:
+                await console.send(message["body"])
+        except MachineStateError:
+            await trio.sleep_forever()  # the machine has ended: its last output ends the connection
+    scope.cancel()
+
+
+async def cancel_when_over(scope: Scope, receive: Receive, cancel_scope: trio.CancelScope) -> None:
+    """Cancel once the client has gone or kvmd stops."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_when_draining, scope, cancel_scope)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        cancel_scope.cancel()
+
+
+async def _cancel_when_draining(scope: Scope, cancel_scope: trio.CancelScope) -> None:
+    await scope["extensions"][DRAINING].wait()
+    cancel_scope.cancel()
+
+
+def sse(event: Event) -> bytes:
+    """Return an event as text/event-stream has it (HTML, 9.2.5); JSON has no line breaks of its own."""
+    data = msgspec.json.encode({"machine": event.machine, **event.data}, enc_hook=str)
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (event.id.encode(), event.kind.encode(), data)
+
+
+def _what_is_there(take: trio.MemoryReceiveChannel[bytes]) -> bytes:
+    """Return more that waits already: one system call for many events."""
+    parts: list[bytes] = []
+    size = 0
+    while size < _WRITE_BYTES:
+        try:
+            part = take.receive_nowait()
+        except (trio.WouldBlock, trio.EndOfChannel):
+            break
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)

@@ -1,0 +1,202 @@
+"""schemathesis against the real server over its socket: every operation, good data and bad.
+
+Its pytest plugin stays away (pyproject.toml): importing schemathesis would cost every test run two seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy, one_of
+
+from kvmd.ranges import PageState
+from kvmd.spec import spec_of
+from kvmd.units import PAGE_SIZE
+from tests.api.serving import Serving, serving_api
+from tests.api.write_openapi import COMMITTED
+from tests.fleet.fakes import FakeFleet
+
+EXAMPLES = 25
+BASE = "http://kvmd"
+WAIT_SECONDS = 0.01
+
+ENDED, LIVE, FRESH, HELD = "ended", "live", "fresh", "held"
+
+DOCUMENT = json.loads(COMMITTED.read_text(encoding="utf-8"))
+OPERATIONS = {
+    operation["operationId"]: (path, method)
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+}
+WITHOUT_END = {"follow_events", "attach_console"}
+"""What a client of requests and responses cannot speak; tests/api/test_api.py does."""
+
+WAITING = {"wait_for_machine", "stop_machine"}
+SELDOM_RIGHT = {"create_machine", "read_memory"}
+"""No made-up image is there, and no made-up address is in memory."""
+
+END_WITH_THEIR_MACHINE = {"follow_machine_events", "follow_console", "follow_log", "type_into_console"}
+
+
+def _modes() -> list[tuple[str, str]]:
+    """Return the operations with good data, and with bad data those of which any can be bad: every text is a name."""
+    found = []
+    for name in sorted(OPERATIONS.keys() - WITHOUT_END):
+        path, method = OPERATIONS[name]
+        operation = DOCUMENT["paths"][path][method]
+        found.append((name, "positive"))
+        if name == "create_machine" or any(part["in"] == "query" for part in operation.get("parameters", ())):
+            found.append((name, "negative"))
+    return found
+
+
+class ServerThread:
+    """The API in a thread of its own: schemathesis' client blocks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ready: SimpleQueue[Serving] = SimpleQueue()
+        self._thread = threading.Thread(target=partial(trio.run, self._main), name="api-under-schemathesis")
+        self._thread.start()
+        self.serving = self._ready.get()
+
+    async def _main(self) -> None:
+        async with serving_api(self._path) as serving:
+            self._token = trio.lowlevel.current_trio_token()
+            self._ready.put(serving)
+            await serving.over.wait()
+
+    def refill(self) -> None:
+        """Make the fleet what each example expects."""
+        trio.from_thread.run(refill, self.serving.fleet, trio_token=self._token)
+
+    def settle(self) -> None:
+        """Return once the server has seen the last client leave."""
+        trio.from_thread.run(self._alone, trio_token=self._token)
+
+    async def _alone(self) -> None:
+        with trio.fail_after(10):
+            while self.serving.server.open_connections:  # noqa: ASYNC110 - nobody tells
+                await trio.sleep(0.001)
+
+    def stop(self) -> None:
+        trio.from_thread.run_sync(self.serving.server.stop, trio_token=self._token)
+        self._thread.join()
+
+
+async def refill(fleet: FakeFleet) -> None:
+    fleet._guests.clear()
+    for name in (ENDED, LIVE, FRESH, HELD):
+        spec = spec_of({"image": "builtin:hello", "name": name, "memory": "1M"}, base=Path())
+        await fleet.create(spec, owner_uid=0)
+        fleet.guest(name).convert(PAGE_SIZE, to=PageState.SHARED)
+        if name != FRESH:
+            await fleet.start(name)
+    await fleet.pause(HELD)
+    fleet.guest(ENDED).end()
+
+
+def session_over(path: Path) -> Any:
+    """Return a session of requests whose connections go to a Unix socket."""
+    import requests  # noqa: PLC0415 - like schemathesis, not for every test run
+    from requests.adapters import HTTPAdapter  # noqa: PLC0415
+    from urllib3.connection import HTTPConnection  # noqa: PLC0415
+    from urllib3.connectionpool import HTTPConnectionPool  # noqa: PLC0415
+
+    class Connection(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(20)
+            connection.connect(str(path))
+            return connection
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class Adapter(HTTPAdapter):
+        def get_connection_with_tls_context(self, *_args: Any, **_options: Any) -> HTTPConnectionPool:
+            return self._pool
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._pool = Pool("kvmd")
+
+        def close(self) -> None:
+            self._pool.close()
+
+    session = requests.Session()
+    session.trust_env = False
+    session.mount(BASE, Adapter())
+    return session
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread]:
+    thread = ServerThread(tmp_path_factory.mktemp("api") / "s")
+    try:
+        yield thread
+    finally:
+        thread.stop()
+
+
+@pytest.fixture(scope="module")
+def schema() -> Any:
+    import schemathesis  # noqa: PLC0415 - see above
+
+    return schemathesis.openapi.from_dict(DOCUMENT)
+
+
+@pytest.mark.filterwarnings("default")  # what schemathesis does is not ours to mend
+@pytest.mark.parametrize(("operation_id", "mode"), _modes())
+def test_schemathesis_finds_nothing(server: ServerThread, schema: Any, operation_id: str, mode: str) -> None:
+    from schemathesis import GenerationMode  # noqa: PLC0415 - see above
+    from schemathesis.checks import CHECKS, load_all_checks  # noqa: PLC0415
+
+    load_all_checks()
+    path, method = OPERATIONS[operation_id]
+    operation = schema[path][method.upper()]
+    generation = GenerationMode(mode)
+    # What a schema cannot say, such as that an image exists, is refused with 422 whatever the schema allows.
+    excluded = [CHECKS.get_one("positive_data_acceptance")]
+    seen: list[int] = []
+
+    @settings(
+        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(case=cases(operation, generation, path, operation_id))
+    def check(case: Any) -> None:
+        server.refill()
+        if operation_id in WAITING and isinstance(case.query.get("timeout", 30), int | float):
+            case.query["timeout"] = min(case.query.get("timeout", 30), WAIT_SECONDS)
+        with session_over(server.serving.path) as session:
+            response = case.call(base_url=BASE, session=session)
+            seen.append(response.status_code)
+            case.validate_response(response, excluded_checks=excluded, transport_kwargs={"session": session})
+
+    check()
+    server.settle()
+    assert seen
+    if mode == "positive" and operation_id not in SELDOM_RIGHT:
+        assert any(status < 300 for status in seen), seen
+
+
+def cases(operation: Any, generation: Any, path: str, operation_id: str) -> SearchStrategy[Any]:
+    """Return requests of any name, and of machines that there are."""
+    if "{name}" not in path:
+        strategy: SearchStrategy[Any] = operation.as_strategy(generation_mode=generation)
+        return strategy
+    names = [ENDED] if operation_id in END_WITH_THEIR_MACHINE else [ENDED, LIVE, FRESH, HELD]
+    return one_of(
+        operation.as_strategy(generation_mode=generation),
+        *(operation.as_strategy(generation_mode=generation, path_parameters={"name": name}) for name in names),
+    )
