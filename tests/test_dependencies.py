@@ -17,7 +17,8 @@ import kvmd
 
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("start", ("kvmd.__main__",)),
-    ("faces", ("kvmd.cli", "kvmd.api")),
+    ("command line", ("kvmd.cli",)),
+    ("API", ("kvmd.api",)),
     ("fleet", ("kvmd.fleet",)),
     ("machine's process", ("kvmd.machine_process",)),
     ("machine's end", ("kvmd.machine_end",)),

@@ -20,6 +20,8 @@ from kvmd.api.services import ServerFigures, Services
 from kvmd.daemon_config import DaemonConfig, group_id
 from kvmd.fleet.base import Fleet
 
+_QUESTION = b"GET /v1/machines HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
 
 class ControlApi:
     """The control API of one daemon.
@@ -42,6 +44,7 @@ class ControlApi:
         log: structlog.typing.FilteringBoundLogger | None = None,
     ) -> None:
         self._config = config.api
+        self._path = config.api.socket
         self._operators = group_id("api.operators", config.api.operators)
         self._viewers = group_id("api.viewers", config.api.viewers)
         rules = AccessRules(own_uid=os.geteuid(), operators=self._operators, viewers=self._viewers)
@@ -76,12 +79,29 @@ class ControlApi:
         """
         with ExitStack() as stack:
             listeners = list(given)
+            if listeners:
+                self._path = listeners[0].getsockname()
             if not listeners:
                 listeners.append(stack.enter_context(listening(Path(self._config.socket), group=self._operators)))
                 if self._viewers is not None:
                     path = Path(self._config.viewers_socket)
                     listeners.append(stack.enter_context(listening(path, group=self._viewers)))
             await self._server.serve(listeners, task_status=task_status)
+
+    async def answers(self) -> bool:
+        """Tell whether a client of this process's own user gets the list of machines. The caller sets the deadline."""
+        try:
+            async with await trio.open_unix_socket(self._path) as stream:
+                await stream.send_all(_QUESTION)
+                answer = b""
+                while b"\r\n" not in answer:
+                    more = await stream.receive_some()
+                    if not more:
+                        break
+                    answer += more
+        except (OSError, trio.BrokenResourceError):
+            return False
+        return answer.startswith(b"HTTP/1.1 200 ")
 
     def stop(self) -> None:
         """Let ``serve`` return, at the latest after the drain deadline."""

@@ -34,3 +34,13 @@ def check(*, wants_json: bool) -> int:
         usable = report.usable or software is None
         print(json.dumps(as_json(report, software), indent=2) if wants_json else as_text(report, software))
     return 0 if usable else ExitStatus.HOST
+
+
+def host_facts() -> dict[str, object]:
+    """Return what ``kvmd check --json`` says."""
+    software = missing_emulator()
+    try:
+        with Kvm.open() as kvm:
+            return as_json(report_of(probe(kvm)), software)
+    except HostError as error:
+        return without_kvm_json(str(error), software)

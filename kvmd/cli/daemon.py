@@ -1,35 +1,51 @@
-"""``kvmd daemon``: looks after machines, each a process of its own."""
+"""``kvmd daemon``: looks after machines, each a process of its own, and serves the control API."""
 
 from __future__ import annotations
 
+import socket
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
+import structlog
 import trio
 
 from kvmd import log
+from kvmd.api.control import ControlApi
+from kvmd.cli.check import host_facts
 from kvmd.cli.options import log_options
 from kvmd.console_pump import OutputPump
+from kvmd.daemon_config import DaemonConfig, load_daemon_config
+from kvmd.errors import ConfigError
 from kvmd.fleet.daemon import run_daemon
 from kvmd.fleet.local import LocalFleet
 from kvmd.log_buffer import LogBuffer
 from kvmd.nonblocking import NonBlockingWriter, write_within
+from kvmd.service_manager import ServiceManager
 from kvmd.stop import ExitStatus
+
+CONFIG_FILE = Path("/etc/kvmd/kvmd.toml")
+"""Read where it is there and ``--config`` names no other."""
 
 _LAST_WORDS_SECONDS = 1.0
 
 
 _EPILOG = f"""\b
 Exit status: 0 after SIGTERM or SIGINT, or
-  {ExitStatus.CONFIG:d}  the command line is wrong
+  {ExitStatus.CONFIG:d}  the command line or the configuration is wrong, or another daemon listens on the socket
   {ExitStatus.HOST:d}  the state folder cannot be used, or another daemon uses it
   {ExitStatus.INTERNAL:d}  a bug of kvmd's
 """
 
 
 @click.command(epilog=_EPILOG)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help=f"Who may use the API, and where it listens; by default {CONFIG_FILE}, where it is there.",
+)
 @click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
@@ -44,13 +60,17 @@ Exit status: 0 after SIGTERM or SIGINT, or
 @log_options
 def daemon(
     *,
+    config: Path | None,
     state: Path,
     drain_seconds: float,
     stop_machines: bool,
     log_format: log.LogFormat | None,
     log_level: log.LogLevel,
 ) -> int:
-    """Look after machines until SIGTERM or SIGINT: docs/daemon.md."""
+    """Look after machines, and serve the control API, until SIGTERM or SIGINT: docs/daemon.md, docs/api.md."""
+    if config is None and CONFIG_FILE.exists():
+        config = CONFIG_FILE
+    settings = DaemonConfig() if config is None else load_daemon_config(config)
     with ExitStack() as stack:
         buffer = LogBuffer(is_terminal=sys.stderr.isatty())
         stack.callback(lambda: write_within(2, buffer.take(), _LAST_WORDS_SECONDS))
@@ -58,7 +78,9 @@ def daemon(
             log_format=log_format or ("console" if buffer.isatty() else "json"), stream=buffer, level=log_level
         )
         stderr = stack.enter_context(NonBlockingWriter.of_fd(2))
-
+        manager = ServiceManager.of_this_process()
+        stack.callback(manager.close)
+        serving = _Serving(settings, manager)
         folder = state.absolute()
 
         async def run() -> None:
@@ -66,7 +88,7 @@ def daemon(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pump.run)
                 try:
-                    await run_daemon(folder, serve, drain_seconds=drain_seconds, stop_machines=stop_machines)
+                    await run_daemon(folder, serving.serve, drain_seconds=drain_seconds, stop_machines=stop_machines)
                 finally:
                     pump.end()
 
@@ -74,7 +96,58 @@ def daemon(
     return 0
 
 
-async def serve(fleet: LocalFleet, ending: trio.Event) -> None:
-    """Look after the machines, which needs nobody to ask: here the API is served, once there is one."""
-    del fleet
-    await ending.wait()
+class _Serving:
+    """The control API over the fleet, and what the service manager is told of it."""
+
+    def __init__(self, config: DaemonConfig, manager: ServiceManager) -> None:
+        self._config = config
+        self._manager = manager
+        self._log = structlog.get_logger("kvmd.daemon")
+
+    async def serve(self, fleet: LocalFleet, ending: trio.Event) -> None:
+        """Serve until the event is set, and drain."""
+        api = ControlApi(self._config, fleet, host_facts(), self._log)
+        given = [_listener(name, fd) for name, fd in self._manager.listened.items()]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._until_drained, api, given, nursery.cancel_scope)
+            machines = len(fleet.machines())
+            self._log.info("api-serving", socket="given" if given else self._config.api.socket)
+            self._manager.ready(f"serving {machines} machines")
+            if self._manager.watchdog_seconds is not None:
+                nursery.start_soon(self._feed_watchdog, api, self._manager.watchdog_seconds)
+            await ending.wait()
+            self._manager.stopping("draining")
+            api.stop()
+
+    async def _until_drained(
+        self,
+        api: ControlApi,
+        given: Sequence[trio.socket.SocketType],
+        around: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        await api.serve(given, task_status=task_status)
+        around.cancel()
+
+    async def _feed_watchdog(self, api: ControlApi, seconds: float) -> None:
+        """Say that the daemon is alive for as long as its loop turns and its API answers."""
+        while True:
+            with trio.move_on_after(seconds):
+                if await api.answers():
+                    self._manager.alive()
+            await trio.sleep(seconds)
+
+
+def _listener(name: str, fd: int) -> trio.socket.SocketType:
+    """Return the listening socket that systemd handed over.
+
+    Raises:
+        ConfigError: it is not a Unix stream socket that listens.
+    """
+    given = socket.socket(fileno=fd)
+    is_ours = given.family == socket.AF_UNIX and given.type == socket.SOCK_STREAM
+    if not is_ours or not given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        given.close()
+        raise ConfigError(f"descriptor {fd} ({name}), given by the service manager, is no listening Unix stream socket")
+    return trio.socket.from_stdlib_socket(given)

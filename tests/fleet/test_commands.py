@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -23,17 +27,48 @@ from tests.fleet.test_processes import last_opened, opened
 SECONDS = 60
 
 
-def daemon(site: Site, *options: str) -> subprocess.Popen[bytes]:
-    """Start the daemon, and return when it has taken its machines over."""
-    process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        [sys.executable, "-m", "kvmd", "daemon", "--state", str(site.folder), "--log-format", "json", *options],
-        stderr=subprocess.PIPE,
-        bufsize=0,
-    )
-    assert process.stderr is not None
-    while b"daemon-started" not in (line := process.stderr.readline()):
-        assert line, "the daemon ended"
-    return process
+def socket_of(site: Site) -> Path:
+    return site.folder.parent / "api"
+
+
+def command(site: Site, *options: str) -> list[str]:
+    config = site.folder.parent / "kvmd.toml"
+    config.write_text(f'[api]\nsocket = "{socket_of(site)}"\n', encoding="utf-8")
+    return [
+        *(sys.executable, "-m", "kvmd", "daemon", "--config", str(config), "--state", str(site.folder)),
+        *("--log-format", "json", *options),
+    ]
+
+
+@contextmanager
+def daemon(site: Site, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the daemon, and yield when it serves."""
+    with subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        command(site, *options), stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        try:
+            assert process.stderr is not None
+            while b"api-serving" not in (line := process.stderr.readline()):
+                assert line, "the daemon ended"
+            yield process
+        finally:
+            process.kill()  # where it has not ended yet, the test has failed
+
+
+def ask(path: Path, method: str, target: str, body: object = None) -> tuple[int, Any]:
+    """Ask the API, and return the status and what the answer says."""
+    data = b"" if body is None else json.dumps(body).encode()
+    head = f"{method} {target} HTTP/1.1\r\nHost: kvmd\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    with socket.socket(socket.AF_UNIX) as client, client.makefile("rb") as answer:
+        client.settimeout(SECONDS)
+        client.connect(str(path))
+        client.sendall(head.encode() + data)
+        status = int(answer.readline().split()[1])
+        while answer.readline().strip():
+            pass
+        text = answer.read()
+    return status, json.loads(text) if text else None
 
 
 def end(process: subprocess.Popen[bytes]) -> list[str]:
@@ -49,10 +84,7 @@ async def test_the_daemon_leaves_its_machines_to_the_next_one(fake_site: Site) -
         await running(fleet)
     with daemon(fake_site) as process:
         done = subprocess.run(  # noqa: ASYNC221, S603 - nothing else is to happen meanwhile
-            [sys.executable, "-m", "kvmd", "daemon", "--state", str(fake_site.folder)],
-            stderr=subprocess.PIPE,
-            timeout=SECONDS,
-            check=False,
+            command(fake_site), stderr=subprocess.PIPE, timeout=SECONDS, check=False
         )
         assert done.returncode == ExitStatus.HOST
         assert b"another daemon uses the state folder" in done.stderr
@@ -96,3 +128,56 @@ async def test_a_service_manager_may_start_a_machine_s_process(kvm_site: Site, t
                     assert info.end is not None
                     assert info.end.status == 3
             assert process.wait() == 3
+
+
+@pytest.mark.kvm
+def test_a_guest_is_started_over_the_socket(kvm_site: Site) -> None:
+    path = socket_of(kvm_site)
+    with daemon(kvm_site) as process:
+        status, created = ask(path, "POST", "/v1/machines", {"image": "builtin:hello", "name": "first", "vcpus": 2})
+        assert (status, created.get("state")) == (201, "created"), created
+        status, started = ask(path, "POST", "/v1/machines/first/start")
+        assert status == 200, started
+        status, waited = ask(path, "GET", f"/v1/machines/first/wait?state=stopped&timeout={SECONDS}")
+        assert (status, waited["reached"]) == (200, True), waited
+        assert waited["machine"]["end"]["status"] == 0
+        assert ask(path, "DELETE", "/v1/machines/first")[0] == 204
+        assert ask(path, "GET", "/v1/host")[1]["host"]["usable"] is True
+        assert end(process)[-1] == "daemon-stopped"
+    assert not path.exists()
+
+
+def test_systemd_is_told_when_the_daemon_serves_lives_and_stops(fake_site: Site) -> None:
+    """With a socket of systemd's, too: clients that come before the daemon wait in its queue."""
+    address = str(fake_site.folder.parent / "notify")
+    given = fake_site.folder.parent / "given"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified, socket.socket(socket.AF_UNIX) as listener:
+        notified.bind(address)
+        notified.settimeout(SECONDS)
+        listener.bind(str(given))
+        listener.listen()
+
+        environment = {
+            **os.environ,
+            "NOTIFY_SOCKET": address,
+            "WATCHDOG_USEC": "200000",
+            "LISTEN_FDS": "1",
+            "LISTEN_FDNAMES": "api",
+        }
+        shell = 'exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@"'
+        with subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            ["/bin/sh", "-c", shell, "sh", *command(fake_site)],
+            stdin=listener.fileno(),
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        ) as process:
+            assert notified.recv(1000) == b"READY=1\nSTATUS=serving 0 machines"
+            assert notified.recv(1000) == b"WATCHDOG=1"
+            assert ask(given, "GET", "/v1/machines")[0] == 200
+            assert not socket_of(fake_site).exists(), "the one of the configuration is not made"
+            process.send_signal(signal.SIGTERM)
+            said = {notified.recv(1000)}
+            while b"STOPPING=1\nSTATUS=draining" not in said:
+                said.add(notified.recv(1000))
+            assert process.wait(SECONDS) == 0
+        assert given.exists(), "whose socket it is removes it"

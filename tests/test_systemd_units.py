@@ -1,0 +1,57 @@
+"""systemd's own opinion of the units."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+UNITS = Path(__file__).parent.parent / "systemd"
+MOST_EXPOSURE = 2.0
+
+pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> list[Path]:
+    """The units, with a program that is there in place of the one that is to be installed."""
+    for unit in UNITS.glob("kvmd.s*"):
+        (tmp_path / unit.name).write_text(
+            unit.read_text(encoding="utf-8").replace("/usr/bin/kvmd", "/bin/true"), encoding="utf-8"
+        )
+    return sorted(tmp_path.glob("kvmd.*"))
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 - systemd's own program
+        ["systemd-analyze", *arguments],  # noqa: S607 - wherever it is
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_systemd_has_nothing_to_say_of_the_units(units: list[Path]) -> None:
+    assert [unit.name for unit in units] == ["kvmd.service", "kvmd.slice", "kvmd.socket"]
+    done = analyze("verify", *map(str, units))
+    # It exits 0 for a key that it does not know.
+    assert (done.stdout + done.stderr, done.returncode) == ("", 0)
+
+
+def test_a_mistake_in_a_unit_would_be_seen(units: list[Path]) -> None:
+    service = next(unit for unit in units if unit.suffix == ".service")
+    service.write_text(service.read_text(encoding="utf-8").replace("WatchdogSec=", "WatchdogSecs="), encoding="utf-8")
+    done = analyze("verify", str(service))
+    assert "WatchdogSecs" in done.stdout + done.stderr
+
+
+def test_the_daemon_is_shut_in(units: list[Path]) -> None:
+    service = next(unit for unit in units if unit.suffix == ".service")
+    done = analyze("security", "--offline=true", str(service))
+    found = re.search(r"exposure level for kvmd.service: ([0-9.]+)", done.stdout)
+    assert found is not None, done.stdout + done.stderr
+    assert float(found[1]) < MOST_EXPOSURE
