@@ -122,9 +122,7 @@ def common_options(command: _F, *, variable: str | None = None) -> _F:
     return socket(output(command))
 
 
-def ctl_command(
-    *, statuses: Sequence[str] = (), **settings: Any
-) -> Callable[[Callable[..., int | None]], click.Command]:
+def ctl_command(name: str, *, statuses: Sequence[str] = ()) -> Callable[[Callable[..., int | None]], click.Command]:
     """Return what makes a command of a function whose first argument is the session.
 
     Args:
