@@ -13,10 +13,10 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmd.ctl.errors import CutOff, Unreachable
 from kvmd.ctl.text import shown
@@ -32,6 +32,18 @@ VIEWERS_SOCKET_PATH = Path("/run/kvmd/view.sock")
 _CONNECT_SECONDS = 10.0
 
 
+class Idle(NamedTuple):
+    """What is done once where nothing comes for a while; the read goes on where it returns.
+
+    Attributes:
+        seconds: the while.
+        act: does it.
+    """
+
+    seconds: float
+    act: Callable[[], None]
+
+
 class Wire:
     """One connected socket.
 
@@ -41,6 +53,7 @@ class Wire:
         silence_seconds: how long nothing may come, or None. A stream says something every 15 seconds.
         output: a descriptor whose reader may go away; then a read ends with BrokenPipeError. A pipe to ``head`` would
             otherwise be noticed at the next event, which may be tomorrow.
+        idle: what is done once where nothing comes for a while.
         read_ahead: whether more may be read than was asked for; not where the connection becomes something else.
     """
 
@@ -51,11 +64,13 @@ class Wire:
         seconds: float | None = None,
         silence_seconds: float | None = None,
         output: int | None = None,
+        idle: Idle | None = None,
         read_ahead: bool = True,
     ) -> None:
         self.socket = connected
         self._silence_seconds = silence_seconds
         self._output = output
+        self._idle = idle
         self._read_ahead = read_ahead
         self._files: Sequence[int] = ()
         self.set_deadline(seconds)
@@ -115,13 +130,20 @@ class Wire:
         poll.register(self.socket, events)
         if self._output is not None:
             poll.register(self._output, 0)  # POLLERR and POLLHUP are told unasked (poll(2))
-        for number, found in poll.poll(self._milliseconds()):
-            if number == self._output and found & (select.POLLERR | select.POLLHUP):
-                raise BrokenPipeError
-            if number == self.socket.fileno():
+        if self._idle is not None:
+            if self._polled(poll, self._idle.seconds * 1000):
                 return
-        if self._deadline is not None or self._silence_seconds is not None:
+            idle, self._idle = self._idle, None
+            idle.act()
+        if not self._polled(poll, self._milliseconds()):
             raise CutOff("kvmd does not answer: the connection was silent for too long")
+
+    def _polled(self, poll: select.poll, milliseconds: float | None) -> bool:
+        """Return whether the socket is ready, and not the time over."""
+        found = dict(poll.poll(milliseconds))
+        if self._output is not None and found.get(self._output, 0) & (select.POLLERR | select.POLLHUP):
+            raise BrokenPipeError
+        return bool(found)
 
     def _milliseconds(self) -> float | None:
         limits = [] if self._silence_seconds is None else [self._silence_seconds]
