@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,10 +10,11 @@ from typing import Any, NamedTuple
 import click
 
 from kvmd.ctl.acting import explained
-from kvmd.ctl.answers import number, objects
+from kvmd.ctl.answers import an_object, number, objects
 from kvmd.ctl.client import Client, machine_target
 from kvmd.ctl.errors import Refused
 from kvmd.ctl.events_text import conversion_line, loss_line
+from kvmd.ctl.figures import counted
 from kvmd.ctl.following import Followed, Patience, follow
 from kvmd.ctl.ranges_option import gpa_range
 from kvmd.ctl.session import Session, ctl_command, machine_argument
@@ -89,24 +91,48 @@ def conversions_command(
 
 def _kept(session: Session, client: Client, name: str, filters: Filters, since: int, last: int | None) -> int:
     """Show those that are kept; return the number of the last that was looked at."""
-    position = since
-    shown: deque[dict[str, Any]] = deque(maxlen=last)
-    for record in _pages(client, name, filters, since):
-        if "sequence" in record:
-            position = max(position, number(record, "sequence"))
-            if not filters.let_through(record):
-                continue
-        if last is None:
-            _show(session, record)
-        elif "sequence" in record:
-            shown.append(record)
+    begin = _near_the_end(client, name, last) if last and not since and filters == Filters({}) else since
+    position, shown = _collected(session, client, name, filters, begin, last)
+    if begin > since and len(shown) < (last or 0):
+        position, shown = _collected(session, client, name, filters, since, last)
     for record in shown:
         _show(session, record)
     return position
 
 
+def _near_the_end(client: Client, name: str, last: int) -> int:
+    """Return where to begin so that the last few come, and not all that are kept, of which there may be 100,000.
+
+    Numbers count a machine's requests, so its counters say about which one is the last.
+    """
+    return max(0, counted(an_object(client.get(machine_target(name, "counters")))).requests - last)
+
+
+def _collected(
+    session: Session, client: Client, name: str, filters: Filters, since: int, last: int | None
+) -> tuple[int, deque[dict[str, Any]]]:
+    """Return the number of the last that was looked at, and the last few; without ``last`` show them as they come."""
+    position = since
+    held: deque[dict[str, Any]] = deque(maxlen=last)
+    for record in _pages(client, name, filters, since):
+        if "sequence" not in record:
+            if last is None:
+                _show(session, record)
+            continue
+        position = max(position, number(record, "sequence"))
+        if filters.let_through(record):
+            if last is None:
+                _show(session, record)
+            else:
+                held.append(record)
+    return position, held
+
+
 def _pages(client: Client, name: str, filters: Filters, since: int) -> Iterator[dict[str, Any]]:
-    """Yield conversions, and where some were forgotten already an object with ``lost``."""
+    """Yield conversions up to now, and where some were forgotten already an object with ``lost``."""
+    now = time.time()
+    # A guest may convert faster than this reads: it must not go on for ever.
+    until = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f"{now % 1:.6f}Z"[1:]
     first = True
     while True:
         query = [("since", since), ("limit", _PAGE), *filters.exact.items()]
@@ -118,7 +144,7 @@ def _pages(client: Client, name: str, filters: Filters, since: int) -> Iterator[
             yield {"lost": lost}
         yield from found
         following = number(answer, "next")
-        if answer.get("more") is not True or following <= since:
+        if answer.get("more") is not True or following <= since or (found and str(found[-1].get("time")) > until):
             return
         since, first = following, False
 
@@ -134,8 +160,13 @@ def _follow(session: Session, client: Client, name: str, filters: Filters, since
     # The stream is open before the others are asked for: between the two nothing happens unseen.
     followed = Followed(name, ("conversion",))
     for event in follow(client, followed, Patience(session.note), opened=show_kept):
-        if event.kind == "lost" or (number(event.data, "sequence") > position and filters.let_through(event.data)):
-            _show(session, event.data)
+        if event.kind == "lost":
+            # What the stream lost may be kept all the same; what is not is told with it.
+            position = _kept(session, client, name, filters, position, None)
+        elif number(event.data, "sequence") > position:
+            position = number(event.data, "sequence")
+            if filters.let_through(event.data):
+                _show(session, event.data)
 
 
 def _show(session: Session, record: dict[str, Any]) -> None:
