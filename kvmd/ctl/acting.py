@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -85,6 +84,8 @@ def explained(client: Client, error: Refused, name: str, action: str) -> Refused
 
 def did_you_mean(client: Client, name: str) -> str:
     """Return the machine that was probably meant, or which there are."""
+    import difflib  # noqa: PLC0415 - 3 ms that only a mistake needs
+
     names: list[str] = []
     with suppress(CtlError):
         names = [str(machine.get("name")) for machine in objects(client.get("/v1/machines"), "machines")]

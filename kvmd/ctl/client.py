@@ -59,6 +59,12 @@ class Connection(http.client.HTTPConnection):
         super().__init__("kvmd")
         self.auto_open = 0
         self.sock = cast("socket", wire)
+        self._wire = wire
+
+    def hang_up(self) -> None:
+        """Close the connection."""
+        self.close()
+        self._wire.hang_up()
 
 
 class Stream:
@@ -119,7 +125,7 @@ class Client:
         self._ask("DELETE", target)
 
     def begin(self, method: str, target: str) -> Connection:
-        """Send a request whose answer nobody waits for; it is given up where the connection is closed.
+        """Send a request whose answer nobody waits for; it is given up where the connection is hung up.
 
         For a signal's handler, which must not wait: what the request did is seen elsewhere.
         """
@@ -128,7 +134,7 @@ class Client:
             with _told():
                 connection.request(method, target)
         except BaseException:
-            connection.close()
+            connection.hang_up()
             raise
         return connection
 
@@ -221,7 +227,7 @@ def _closing(connection: Connection) -> Iterator[Connection]:
     try:
         yield connection
     finally:
-        connection.close()
+        connection.hang_up()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -139,6 +138,8 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - a
         _say(session, str(error), {"type": "urn:kvmctl:problem:mistake", "detail": str(error)})
         return Status.REQUEST
     except Exception as error:  # noqa: BLE001 - the one place that says what becomes of a bug
+        import traceback  # noqa: PLC0415 - 6 ms that only a bug needs
+
         traceback.print_exception(error)
         document: dict[str, object] = {"type": "urn:kvmctl:problem:internal", "detail": repr(error)}
         _say(session, "that is a bug of kvmctl's: please report it, with the lines above", document)

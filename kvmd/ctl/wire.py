@@ -108,6 +108,9 @@ class Wire:
         return io.BufferedReader(_Incoming(self), io.DEFAULT_BUFFER_SIZE if self._read_ahead else 1)
 
     def close(self) -> None:
+        """Do nothing: http.client closes a socket whose answer says that it is the last before that was read."""
+
+    def hang_up(self) -> None:
         """Close the connection."""
         self.socket.close()
 

@@ -159,7 +159,7 @@ class _Guest:
             for number in heeded:
                 signal.signal(number, previous[number])
             for connection in self._asked:
-                connection.close()
+                connection.hang_up()
 
     def _ask(self, action: str, target: str) -> None:
         """Ask the daemon from a signal's handler, which does not wait: the machine's end is seen elsewhere."""
