@@ -58,15 +58,17 @@ def as_screen(look: Look, message: str) -> RenderableType:
         style = "dim" if cells[1] == "stopped" else "bold" if cells[0] == _TOTAL and not cells[1] else ""
         # Text, and not markup: a name may have brackets.
         table.add_row(*(Text(cut(shown(cell))) for cell in cells), style=style)
-    hottest = Table(box=None, pad_edge=False, show_edge=False, title="hottest pages, of late", title_justify="left")
+    hottest = Table(box=None, pad_edge=False, show_edge=False, show_header=False)
     for justify in ("left", "left", "right", "right"):
         hottest.add_column(justify=justify)
     for hot in look.hottest:
         page = [hot.machine, hot.gpa, format_size(hot.size_bytes), f"{hot.times:.0f}"]
         hottest.add_row(*(Text(cut(shown(cell))) for cell in page))
-    head = Text(message or "kvmctl top: q ends it", style="red" if message else "dim")
+    head = Text(
+        message or "kvmctl top: q ends it", style="red" if message else "dim", no_wrap=True, overflow="ellipsis"
+    )
     parts: list[RenderableType] = [head, Text(), table, Text(_CAPTION, style="dim"), Text()]
-    return Group(*parts, hottest) if look.hottest else Group(*parts)
+    return Group(*parts, Text("hottest pages, of late", style="bold"), hottest) if look.hottest else Group(*parts)
 
 
 def _cells(look: Look) -> Iterable[tuple[str, ...]]:

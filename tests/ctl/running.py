@@ -48,7 +48,7 @@ class Process:
         return before + wanted
 
     def rest(self) -> bytes:
-        """Return what it prints to its end."""
+        """Return what it prints to its end; not of a terminal, whose other end is ours as well."""
         while data := self._read():
             self.seen += data
         rest, self.seen = self.seen, b""
