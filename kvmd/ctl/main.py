@@ -16,6 +16,7 @@ from kvmd import __version__
 from kvmd.ctl.errors import CtlError
 from kvmd.ctl.session import SOCKET_VARIABLE, Session, common_options
 from kvmd.ctl.statuses import Status, epilog
+from kvmd.ctl.text import shown
 from kvmd.errors import KvmdError
 
 PROGRAM = "kvmctl"
@@ -159,5 +160,5 @@ def _say(session: Session, message: str, document: dict[str, object]) -> None:
     if session.wants_json:
         print(json.dumps(document), file=sys.stderr)
         return
-    lines = " ".join(message.split())
-    print(f"{PROGRAM}: error: {lines}", file=sys.stderr)
+    line = shown(" ".join(message.split()))
+    print(f"{PROGRAM}: error: {line}", file=sys.stderr)

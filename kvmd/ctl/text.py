@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from kvmd.units import format_size
 
-_CELL_LIMIT = 60
+_CELL_LIMIT = 64
 
 
 def shown(text: object) -> str:

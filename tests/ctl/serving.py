@@ -90,6 +90,10 @@ class Daemon:
 
         trio.from_thread.run(wait, trio_token=self._token)
 
+    def until_asked(self) -> None:
+        """Wait until somebody is connected."""
+        self.until(lambda _fleet: self._server is not None and self._server.open_connections > 0)
+
 
 @contextmanager
 def daemon_at(path: Path, **settings: Any) -> Iterator[Daemon]:

@@ -11,7 +11,7 @@ import pytest
 
 from kvmd.ctl import client
 from tests.ctl.conftest import Kvmctl
-from tests.ctl.running import on_terminal
+from tests.ctl.running import on_terminal, with_pipes
 from tests.ctl.serving import Daemon, http, stranger
 
 PROBLEM = "application/problem+json"
@@ -186,3 +186,24 @@ def test_who_may_not_do_it_is_told(kvmctl: Kvmctl, path: Path) -> None:
         121,
         "kvmctl: error: one: user 7 may look, but not change anything\n",
     )
+
+
+def test_a_slow_reader_costs_no_memory(path: Path) -> None:
+    output = (b"x" * 1023 + b"\n") * (32 << 10)
+    state = http(b'{"name": "one", "state": "stopped"}')
+    with stranger(path, http(output), state), with_pipes(path, "logs", "--console", "-f", "one") as logs:
+        # A few lines, and then nothing is read for as long as it takes to fill all pipes: the rest waits in the server.
+        logs.until(b"x\n")
+        before = peak_kib(logs.process.pid)
+        seen = len(logs.until(b"x\n"))
+        while seen < len(output) - (1 << 20):
+            seen += len(os.read(logs.reading, 65536))
+        assert peak_kib(logs.process.pid) < before + (8 << 10)
+        logs.rest()
+        assert logs.wait() == 0
+
+
+def peak_kib(pid: int) -> int:
+    """Return the most memory that a process had at once (proc(5), VmHWM)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

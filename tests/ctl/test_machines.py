@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.ctl.conftest import Kvmctl
+from tests.ctl.running import with_pipes
 from tests.ctl.serving import Daemon
 
 pytestmark = pytest.mark.usefixtures("daemon")
@@ -42,3 +43,15 @@ def test_a_machine_of_a_file(kvmctl: Kvmctl, daemon: Daemon, tmp_path: Path) -> 
     assert machine["name"] == "guest"
     spec = daemon.do(lambda: daemon.fleet.machine("guest").spec)
     assert (spec.memory, spec.vcpus, spec.arguments, spec.conversion.chunk) == (32 << 20, 3, (1, 2), 1 << 20)
+
+
+def test_waiting_goes_on_over_a_restart(kvmctl: Kvmctl, daemon: Daemon) -> None:
+    kvmctl("run", "--detach", "builtin:hello", "--name", "one")
+    with with_pipes(daemon.path, "wait", "one", "--exit-status") as wait:
+        daemon.until_asked()
+        daemon.stop()
+        wait.until(b"trying again")
+        daemon.start()
+        daemon.guest("one", lambda guest: guest.end(status=9))
+        assert b"one: guest-exit, status 9: ended" in wait.rest()
+        assert wait.wait() == 9

@@ -58,7 +58,10 @@ def console_command(session: Session, *, name: str, detach: bytes) -> None:
                 ended = link.run()
         screen.end()
     except Refused as error:
-        raise explained(client, error, name, "console") from error
+        told = explained(client, error, name, "console")
+        if error.kind == "forbidden":
+            told = Refused(told.kind, f"{told} (kvmctl logs --console -f only looks)", told.problem)
+        raise told from error
     if ended is Ended.DETACHED:
         session.note(f"detached from {shown(name)}")
         return

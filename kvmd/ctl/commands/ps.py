@@ -8,7 +8,7 @@ import click
 
 from kvmd.ctl.answers import objects
 from kvmd.ctl.session import Session, ctl_command
-from kvmd.ctl.text import age, columns, size
+from kvmd.ctl.text import age, columns, shown, size
 
 _HEADING = ("NAME", "STATE", "IMAGE", "VCPUS", "MEMORY", "PROTECTION", "PID", "AGE", "END")
 
@@ -28,7 +28,7 @@ def ps_command(session: Session, *, states: tuple[str, ...], quiet: bool) -> Non
     found = [machine for machine in machines if not states or machine.get("state") in states]
     if quiet:
         names = [str(machine.get("name")) for machine in found]
-        session.answer(names, columns(("",), [[name] for name in names]).removeprefix("\n") if names else None)
+        session.answer(names, "\n".join(map(shown, names)) if names else None)
         return
     rows = [_row(machine) for machine in found]
     session.answer({"machines": found}, columns(_HEADING, rows, right=frozenset({3, 4, 6, 7})))
