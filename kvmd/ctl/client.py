@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from socket import socket
 from typing import Any, cast
 
@@ -92,7 +91,7 @@ class Client:
         output: the descriptor that streams are shown on, see ``Wire``.
     """
 
-    def __init__(self, path: Path | None, *, output: int | None = None) -> None:
+    def __init__(self, path: str | None, *, output: int | None = None) -> None:
         self.path = path
         self._output = output
 

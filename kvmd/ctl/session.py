@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import update_wrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -33,7 +32,7 @@ class Session:
     """
 
     def __init__(self) -> None:
-        self.path: Path | None = None
+        self.path: str | None = None
         self.wants_json = False
 
     def client(self, *, watch_output: bool = False) -> Client:
@@ -88,7 +87,7 @@ def _set_socket(ctx: click.Context, _parameter: click.Parameter, value: str | No
         return
     if not value:
         raise click.BadParameter("the socket's path is empty")
-    _of(ctx).path = Path(value)
+    _of(ctx).path = value
 
 
 def _set_output(ctx: click.Context, _parameter: click.Parameter, value: str | None) -> None:

@@ -15,7 +15,6 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmd.ctl.errors import CutOff, Unreachable
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     # ReadableBuffer has no name at run time.
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-SOCKET_PATH = Path("/run/kvmd/kvmd.sock")
-VIEWERS_SOCKET_PATH = Path("/run/kvmd/view.sock")
+SOCKET_PATH = "/run/kvmd/kvmd.sock"
+VIEWERS_SOCKET_PATH = "/run/kvmd/view.sock"
 """Where those connect who may only look, in a group of their own; tried where the other may not be opened."""
 
 _CONNECT_SECONDS = 10.0
@@ -168,7 +167,7 @@ class _Incoming(io.RawIOBase):
         return self._wire.receive_into(buffer)
 
 
-def connect(path: Path | None) -> socket.socket:
+def connect(path: str | None) -> socket.socket:
     """Return a socket connected to the daemon's.
 
     Args:
@@ -188,7 +187,7 @@ def connect(path: Path | None) -> socket.socket:
         return _connect(VIEWERS_SOCKET_PATH)
 
 
-def _connect(path: Path) -> socket.socket:
+def _connect(path: str) -> socket.socket:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         # Of a full backlog: connecting waits as long as a timeout lets it (unix(7)).
@@ -204,7 +203,7 @@ def _connect(path: Path) -> socket.socket:
     return connected
 
 
-def _why_not(path: Path, error: OSError) -> str:
+def _why_not(path: str, error: OSError) -> str:
     name = shown(path)
     match error:
         case FileNotFoundError():
@@ -224,17 +223,17 @@ def _why_not(path: Path, error: OSError) -> str:
             return f"cannot connect to {name}: {error.strerror or error}"
 
 
-def _is_socket(path: Path) -> bool:
+def _is_socket(path: str) -> bool:
     try:
-        return stat.S_ISSOCK(path.stat().st_mode)
+        return stat.S_ISSOCK(os.stat(path).st_mode)  # noqa: PTH116 - pathlib takes 5 ms to import
     except OSError:
         return False
 
 
-def _group_hint(path: Path) -> str:
+def _group_hint(path: str) -> str:
     """Return whom the socket is open to, and how to become one of them."""
     try:
-        found = path.stat()
+        found = os.stat(path)  # noqa: PTH116 - pathlib takes 5 ms to import
         group = grp.getgrgid(found.st_gid)
         user = pwd.getpwuid(os.geteuid()).pw_name
     except (OSError, KeyError):
