@@ -17,7 +17,7 @@ import kvmd
 
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("start", ("kvmd.__main__",)),
-    ("command line", ("kvmd.cli",)),
+    ("command lines", ("kvmd.cli", "kvmd.ctl")),
     ("API", ("kvmd.api",)),
     ("fleet", ("kvmd.fleet",)),
     ("machine's process", ("kvmd.machine_process",)),
@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("last words", ("kvmd.last_words",)),
     ("stop reasons", ("kvmd.stop",)),
     ("accelerator's language", ("kvmd.hv",)),
+    ("words of the command line", ("kvmd.options", "kvmd.picture")),
     ("ranges", ("kvmd.ranges",)),
     ("ground", ("kvmd.units", "kvmd.errors", "kvmd.closing")),
     ("version", ("kvmd",)),
@@ -60,6 +61,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kvmd.protection", ("trio", "kvmd.kvm")),
     ("kvmd.run_gate", ("trio", "kvmd.kvm")),
     ("kvmd.hv", ("trio", "structlog", "ctypes")),
+    ("kvmd.ctl", ("trio", "structlog", "msgspec", "kvmd.fleet", "kvmd.machine", "kvmd.spec", "kvmd.stop", "kvmd.log")),
 )
 """What some modules must do without though it may lie below them: they decide, others act."""
 
@@ -71,6 +73,7 @@ LOCKERS = ("kvmd.fleet.state_folder",)
 
 _LOCKING = {"flock", "LOCK_EX", "LOCK_NB"}
 
+FACES = ("kvmd.cli", "kvmd.ctl", "kvmd.options")
 FACES_ONLY = ("click", "rich")
 """Packages for people's eyes: a daemon's core must not draw."""
 
@@ -198,7 +201,7 @@ def forbidden_imports(modules: list[Module]) -> list[str]:
         banned = list(chain.from_iterable(names for prefix, names in FORBIDDEN if is_within(module.name, prefix)))
         if not any(is_within(module.name, user) for user in KVM_USERS):
             banned.append("kvmd.kvm")
-        if not is_within(module.name, "kvmd.cli"):
+        if not any(is_within(module.name, face) for face in FACES):
             banned.extend(FACES_ONLY)
         if not is_within(module.name, "kvmd.api"):
             banned.extend(API_ONLY)

@@ -15,7 +15,6 @@ import trio
 from kvmd import log
 from kvmd.api.control import ControlApi
 from kvmd.cli.check import host_facts
-from kvmd.cli.options import log_options
 from kvmd.console_pump import OutputPump
 from kvmd.daemon_config import DaemonConfig, load_daemon_config
 from kvmd.errors import ConfigError
@@ -23,6 +22,7 @@ from kvmd.fleet.daemon import run_daemon
 from kvmd.fleet.local import LocalFleet
 from kvmd.log_buffer import LogBuffer
 from kvmd.nonblocking import NonBlockingWriter, write_within
+from kvmd.options import log_options
 from kvmd.service_manager import ServiceManager
 from kvmd.stop import ExitStatus
 

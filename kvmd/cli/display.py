@@ -9,9 +9,9 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from kvmd.cli.picture import picture
 from kvmd.cli.summary import GuestResult, colored_picture, is_unicode, palette_for
 from kvmd.conversion.messages import Outcome
+from kvmd.picture import picture
 from kvmd.ranges import GpaRange
 from kvmd.runnable import Runnable
 

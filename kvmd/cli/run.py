@@ -12,10 +12,10 @@ import trio
 
 from kvmd import log
 from kvmd.cli.foreground import Foreground
-from kvmd.cli.options import log_options, machine_options
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
 from kvmd.nonblocking import NonBlockingWriter, write_within
+from kvmd.options import log_options, machine_options
 from kvmd.spec import MachineSpec, load_spec, resolve_image
 from kvmd.stop import RESERVED_STATUSES, ExitStatus
 

@@ -10,9 +10,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvmd.cli.picture import ASCII, BLOCKS, Palette, picture
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.conversion.stats import StatsSnapshot
+from kvmd.picture import ASCII, BLOCKS, Palette, picture
 from kvmd.ranges import GpaRange, PageState
 from kvmd.stop import Stop, StopReason
 from kvmd.units import PAGE_SIZE, format_size

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.cli.picture import ASCII, BLOCKS, picture
+from kvmd.picture import ASCII, BLOCKS, picture
 from kvmd.ranges import GpaRange, PageState
 from kvmd.units import MIB, PAGE_SIZE
 
