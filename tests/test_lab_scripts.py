@@ -253,7 +253,7 @@ def test_virtme_ng_is_told_the_machine_and_the_folders(lab: Bench) -> None:
         assert arguments[arguments.index(option) + 1] == value
     assert str(results) in arguments
     assert "--disable-kvm" in arguments
-    assert "--qemu-opts=-cpu max,+svm,-la57 -s" in arguments
+    assert "--qemu-opts=-cpu max,+svm,-la57 -accel tcg,thread=single -s" in arguments
     assert "--verbose" in arguments
 
 

@@ -9,12 +9,9 @@ some hundreds of flips. tests/protection/test_guest_memfd_exits.py has the same 
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +20,6 @@ import trio
 
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.hv.exits import Exit, Interrupted, MemoryFault
-from kvmd.hv.vcpu import Vcpu
 from kvmd.kvm import uapi
 from kvmd.kvm.guest_memfd import GuestMemfd
 from kvmd.kvm.system import Kvm
@@ -177,36 +173,13 @@ class Watcher:
         self.looks += 1
 
 
-@pytest.fixture
-def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Machine], None]]:
-    """Return a function that keeps each vCPU of a machine on a processor of its own, and the rest on the first.
-
-    Where vCPUs move between processors while attributes flip, one in some thousands of conversions ends in a triple
-    fault, or in the end of the whole lab: that is QEMU's emulation, or its host's kernel (lab/README.md, Traps).
-    """
-    processors = sorted(os.sched_getaffinity(0))
-
-    def pin(machine: Machine) -> None:
-        os.sched_setaffinity(0, processors[:1])
-        for vcpu in machine._hardware.vcpus:
-            monkeypatch.setattr(vcpu, "prepare_thread", partial(prepare, vcpu, vcpu.prepare_thread))
-
-    def prepare(vcpu: Vcpu, usual: Callable[[], None]) -> None:
-        os.sched_setaffinity(0, [processors[vcpu.index % len(processors)]])
-        usual()
-
-    yield pin
-    os.sched_setaffinity(0, processors)
-
-
 async def test_a_machine_whose_page_is_converted_under_another_vcpu_goes_on(
-    open_machine: OpenMachine, tmp_path: Path, pinned: Callable[[Machine], None]
+    open_machine: OpenMachine, tmp_path: Path
 ) -> None:
     """The exits are there, none of them converts, and the guest that knows nothing of them comes to its end."""
     image = tmp_path / "touch.elf"
     image.write_bytes(elf(program_header(data_size=len(TOUCH)))[:0x200] + TOUCH)
     machine = open_machine("hello", MOST_ROUNDS, image=image, vcpus=2, memory=16 * MIB, protection="guest-memfd")
-    pinned(machine)
     watcher = Watcher(machine)
     ran: list[Ran] = []
     async with trio.open_nursery() as nursery:
