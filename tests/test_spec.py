@@ -75,7 +75,10 @@ def test_everything_can_be_written(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
+MACHINES = sorted(path for path in EXAMPLES.glob("*.toml") if path.name != "kvmd.toml")  # that one is the daemon's
+
+
+@pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.name)
 def test_the_examples_are_right(path: Path) -> None:
     assert load_spec(path).image.parent == GUESTS["hello"].path.parent
 
