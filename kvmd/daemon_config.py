@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
 import grp
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
 from kvmd.errors import ConfigError
-from kvmd.units import MIB, format_size
+from kvmd.toml_file import Keys, read_toml, refuse_unknown, shown
 
-_FILE_LIMIT = MIB
 _SOCKET_LIMIT = 107
 """Bytes of a Unix socket's path (unix(7))."""
 
 _CONNECTIONS_LIMIT = 100_000
 _DRAIN_LIMIT = 3600.0
-_SHOWN_LIMIT = 60
 
-_RIGHT = {
-    "api": "a table: [api], with keys of its own",
-    "api.socket": f'an absolute path of at most {_SOCKET_LIMIT} bytes, such as "/run/kvmd/kvmd.sock"',
-    "api.operators": 'the name of a group, such as "kvmd", or "" for nobody but root and kvmd itself',
-    "api.viewers": 'the name of a group, such as "kvmd-view", or "" for nobody',
-    "api.viewers_socket": "an absolute path, other than that of api.socket",
-    "api.drain_seconds": f"a number of seconds from 0 to {_DRAIN_LIMIT:g}",
-    "api.connections": f"a whole number from 1 to {_CONNECTIONS_LIMIT}",
-    "api.connections_per_user": "a whole number from 1 to api.connections",
-    "images": "a table: [images], with keys of its own",
-    "images.folders": 'a list of absolute paths of folders, such as ["/var/lib/kvmd/images"]',
-}
+_KEYS = Keys(
+    {
+        "api": "a table: [api], with keys of its own",
+        "api.socket": f'an absolute path of at most {_SOCKET_LIMIT} bytes, such as "/run/kvmd/kvmd.sock"',
+        "api.operators": 'the name of a group, such as "kvmd", or "" for nobody but root and kvmd itself',
+        "api.viewers": 'the name of a group, such as "kvmd-view", or "" for nobody',
+        "api.viewers_socket": "an absolute path, other than that of api.socket",
+        "api.drain_seconds": f"a number of seconds from 0 to {_DRAIN_LIMIT:g}",
+        "api.connections": f"a whole number from 1 to {_CONNECTIONS_LIMIT}",
+        "api.connections_per_user": "a whole number from 1 to api.connections",
+        "images": "a table: [images], with keys of its own",
+        "images.folders": 'a list of absolute paths of folders, such as ["/var/lib/kvmd/images"]',
+    }
+)
 """What would be right, by key: the second half of every message."""
 
 
@@ -60,13 +56,13 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     connections_per_user: int = 256
 
     def __post_init__(self) -> None:
-        _need("api.socket", self.socket, _is_socket_path(self.socket))
+        _KEYS.need("api.socket", self.socket, _is_socket_path(self.socket))
         two = _is_socket_path(self.viewers_socket) and self.viewers_socket != self.socket
-        _need("api.viewers_socket", self.viewers_socket, two)
-        _need("api.drain_seconds", self.drain_seconds, 0 <= self.drain_seconds <= _DRAIN_LIMIT)
-        _need("api.connections", self.connections, 1 <= self.connections <= _CONNECTIONS_LIMIT)
+        _KEYS.need("api.viewers_socket", self.viewers_socket, two)
+        _KEYS.need("api.drain_seconds", self.drain_seconds, 0 <= self.drain_seconds <= _DRAIN_LIMIT)
+        _KEYS.need("api.connections", self.connections, 1 <= self.connections <= _CONNECTIONS_LIMIT)
         each = self.connections_per_user
-        _need("api.connections_per_user", each, 1 <= each <= self.connections)
+        _KEYS.need("api.connections_per_user", each, 1 <= each <= self.connections)
 
 
 class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,7 +76,7 @@ class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     def __post_init__(self) -> None:
         for folder in self.folders:
-            _need("images.folders", folder, _is_path(folder))
+            _KEYS.need("images.folders", folder, _is_path(folder))
 
 
 class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -101,21 +97,7 @@ def load_daemon_config(path: Path) -> DaemonConfig:
         ConfigError: the file cannot be read, is not TOML, or cannot be meant; one line with file, key and what would
             be right.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_FILE_LIMIT + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > _FILE_LIMIT:
-        raise ConfigError(f"{path}: more than {format_size(_FILE_LIMIT)} is no daemon's configuration")
-    try:
-        document = tomllib.loads(data.decode() + "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}: not TOML: line {line} is not UTF-8 text") from error
-    except (ValueError, RecursionError) as error:  # as in kvmd.spec: numbers without end, brackets without bottom
-        reason = "nested too deeply" if isinstance(error, RecursionError) else _one_line(str(error))
-        raise ConfigError(f"{path}: not TOML: {reason}") from error
+    document = read_toml(path, whose="daemon")
     try:
         return daemon_config_of(document)
     except ConfigError as error:
@@ -128,15 +110,15 @@ def daemon_config_of(document: Mapping[str, object]) -> DaemonConfig:
     Raises:
         ConfigError: it cannot be meant; one line with key and what would be right.
     """
-    _refuse_unknown(document, DaemonConfig, "")
+    refuse_unknown(document, DaemonConfig)
     for name, kind in (("api", ApiConfig), ("images", ImagesConfig)):
         table = document.get(name, {})
         if isinstance(table, Mapping):
-            _refuse_unknown(table, kind, f"{name}.")
+            refuse_unknown(table, kind, f"{name}.")
     try:
         return msgspec.convert(document, DaemonConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(error, document)) from error
+        raise _KEYS.refused(error, document) from error
 
 
 def group_id(key: str, name: str) -> int | None:
@@ -151,7 +133,7 @@ def group_id(key: str, name: str) -> int | None:
         return grp.getgrnam(name).gr_gid
     except (KeyError, ValueError) as error:  # ValueError: a zero byte in it
         raise ConfigError(
-            f"{key}: there is no group {_shown(name)} on this host: make it (groupadd --system), or leave the key out"
+            f"{key}: there is no group {shown(name)} on this host: make it (groupadd --system), or leave the key out"
         ) from error
 
 
@@ -161,38 +143,3 @@ def _is_path(text: str) -> bool:
 
 def _is_socket_path(text: str) -> bool:
     return _is_path(text) and not text.endswith("/") and len(text.encode(errors="surrogateescape")) <= _SOCKET_LIMIT
-
-
-def _need(key: str, value: object, holds: bool) -> None:  # noqa: FBT001 - the condition is what it is about
-    if not holds:
-        raise ConfigError(f"{key}: {_shown(value)} is not possible: expected {_RIGHT[key]}")
-
-
-def _refuse_unknown(table: Mapping[str, object], kind: type[msgspec.Struct], prefix: str) -> None:
-    known = list(kind.__struct_fields__)
-    for key in table:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            suggestion = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(f"unknown key {prefix}{_one_line(key)}{suggestion}: the keys here are {', '.join(known)}")
-
-
-def _explain(error: msgspec.ValidationError, document: Mapping[str, object]) -> str:
-    """Return msgspec's complaint with the key, the value and what would be right."""
-    key = re.sub(r"\[.*", "", str(error).rpartition(" - at `$.")[2].removesuffix("`"))
-    value: object = document
-    for part in key.split("."):
-        value = cast("Mapping[str, object]", value).get(part)
-    return f"{key}: {_shown(value)} is not possible: expected {_RIGHT[key]}"
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no whole number of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= _SHOWN_LIMIT else text[: _SHOWN_LIMIT - 3] + "..."
-
-
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else repr(text)

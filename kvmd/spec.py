@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import msgspec
 
 from kvmd.errors import ConfigError
+from kvmd.toml_file import Keys, read_toml, refuse_unknown, shown, suggestion
 from kvmd.units import GIB, MIB, PAGE_MASK, PAGE_SIZE, format_size, parse_size
 
 BUILTIN_PREFIX = "builtin:"
@@ -25,7 +24,6 @@ VCPU_LIMIT = 4096
 
 ARGUMENT_LIMIT = 8
 
-_FILE_LIMIT = 1 * MIB
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 _PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
 _NOT_BUILT_YET = frozenset({"snp", "tdx"})
@@ -35,25 +33,26 @@ _SIZES = frozenset({"memory", "conversion.chunk"})
 _U64_LIMIT = 1 << 64
 _NO_PROGRESS_LIMIT = 1_000_000
 _RANGES_LIMIT = 1 << 24
-_SHOWN_LIMIT = 60
 
-_RIGHT = {
-    "name": 'up to 63 of a-z, 0-9, ".", "_" and "-", the first a letter or digit, such as "guest-1"',
-    "image": 'the path of an ELF file, relative to this file, or a built-in guest such as "builtin:hello"',
-    "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
-    "memory": 'a size in pages of 4 KiB, such as "64M"',
-    "accelerator": '"auto", "kvm" or "software"',
-    "protection": '"emulated", "guest-memfd", "auto" or "none"',
-    "tripwire": '"auto", "attribute", "guest_memfd" or "hole"',
-    "initial": '"private" or "shared"',
-    "cpl": "3 (user mode) or 0",
-    "arguments": f"up to {ARGUMENT_LIMIT} whole numbers from 0 to 2^64 - 1, such as [16, 8]",
-    "conversion": "a table: [conversion], with keys of its own",
-    "conversion.chunk": 'a size from 4 KiB to 1 GiB in pages of 4 KiB, such as "2M"',
-    "conversion.no_progress_limit": f"a whole number from 1 to {_NO_PROGRESS_LIMIT}",
-    "conversion.implicit": '"allow", "keep-explicit" or "deny"',
-    "conversion.max_ranges": f"a whole number from 1 to {_RANGES_LIMIT}",
-}
+_KEYS = Keys(
+    {
+        "name": 'up to 63 of a-z, 0-9, ".", "_" and "-", the first a letter or digit, such as "guest-1"',
+        "image": 'the path of an ELF file, relative to this file, or a built-in guest such as "builtin:hello"',
+        "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
+        "memory": 'a size in pages of 4 KiB, such as "64M"',
+        "accelerator": '"auto", "kvm" or "software"',
+        "protection": '"emulated", "guest-memfd", "auto" or "none"',
+        "tripwire": '"auto", "attribute", "guest_memfd" or "hole"',
+        "initial": '"private" or "shared"',
+        "cpl": "3 (user mode) or 0",
+        "arguments": f"up to {ARGUMENT_LIMIT} whole numbers from 0 to 2^64 - 1, such as [16, 8]",
+        "conversion": "a table: [conversion], with keys of its own",
+        "conversion.chunk": 'a size from 4 KiB to 1 GiB in pages of 4 KiB, such as "2M"',
+        "conversion.no_progress_limit": f"a whole number from 1 to {_NO_PROGRESS_LIMIT}",
+        "conversion.implicit": '"allow", "keep-explicit" or "deny"',
+        "conversion.max_ranges": f"a whole number from 1 to {_RANGES_LIMIT}",
+    }
+)
 """What would be right, by key: the second half of every message."""
 
 
@@ -74,15 +73,15 @@ class ConversionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     implicit: Literal["allow", "keep-explicit", "deny"] = "allow"
 
     def __post_init__(self) -> None:
-        _need("conversion.chunk", self.chunk, PAGE_SIZE <= self.chunk <= GIB and not self.chunk & PAGE_MASK)
-        _need(
+        _KEYS.need("conversion.chunk", self.chunk, PAGE_SIZE <= self.chunk <= GIB and not self.chunk & PAGE_MASK)
+        _KEYS.need(
             "conversion.no_progress_limit",
             self.no_progress_limit,
             1 <= self.no_progress_limit <= _NO_PROGRESS_LIMIT,
         )
         # The type says so too, but a spec that a program makes has not been through msgspec.
-        _need("conversion.implicit", self.implicit, self.implicit in {"allow", "keep-explicit", "deny"})
-        _need("conversion.max_ranges", self.max_ranges, 1 <= self.max_ranges <= _RANGES_LIMIT)
+        _KEYS.need("conversion.implicit", self.implicit, self.implicit in {"allow", "keep-explicit", "deny"})
+        _KEYS.need("conversion.max_ranges", self.max_ranges, 1 <= self.max_ranges <= _RANGES_LIMIT)
 
 
 class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -122,24 +121,24 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def __post_init__(self) -> None:
         if not self.name:
             msgspec.structs.force_setattr(self, "name", _name_of(self.image))
-        _need("name", self.name, _NAME.fullmatch(self.name) is not None)
-        _need("vcpus", self.vcpus, 1 <= self.vcpus <= VCPU_LIMIT)
-        _need("memory", self.memory, self.memory > 0 and not self.memory & PAGE_MASK)
+        _KEYS.need("name", self.name, _NAME.fullmatch(self.name) is not None)
+        _KEYS.need("vcpus", self.vcpus, 1 <= self.vcpus <= VCPU_LIMIT)
+        _KEYS.need("memory", self.memory, self.memory > 0 and not self.memory & PAGE_MASK)
         if self.memory > MEMORY_LIMIT:
             raise ConfigError(
-                f"memory: {_shown(self.memory)} bytes are more than a guest can have: "
+                f"memory: {shown(self.memory)} bytes are more than a guest can have: "
                 f"at most {format_size(MEMORY_LIMIT)}"
             )
         if self.protection in _NOT_BUILT_YET:
-            raise ConfigError(f'protection: "{self.protection}" is not built yet: expected ' + _RIGHT["protection"])
-        _need("protection", self.protection, self.protection in _PROTECTIONS)
+            raise ConfigError(f'protection: "{self.protection}" is not built yet: expected ' + _KEYS["protection"])
+        _KEYS.need("protection", self.protection, self.protection in _PROTECTIONS)
         # The type says so too, but a spec that a program makes has not been through msgspec.
-        _need("accelerator", self.accelerator, self.accelerator in _ACCELERATORS)
-        _need("tripwire", self.tripwire, self.tripwire in _TRIPWIRES)
-        _need("initial", self.initial, self.initial in {"private", "shared"})
-        _need("cpl", self.cpl, self.cpl in {0, 3})
-        _need("arguments", list(self.arguments), len(self.arguments) <= ARGUMENT_LIMIT)
-        _need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))
+        _KEYS.need("accelerator", self.accelerator, self.accelerator in _ACCELERATORS)
+        _KEYS.need("tripwire", self.tripwire, self.tripwire in _TRIPWIRES)
+        _KEYS.need("initial", self.initial, self.initial in {"private", "shared"})
+        _KEYS.need("cpl", self.cpl, self.cpl in {0, 3})
+        _KEYS.need("arguments", list(self.arguments), len(self.arguments) <= ARGUMENT_LIMIT)
+        _KEYS.need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))
 
     def with_overrides(self, **overrides: Any) -> Self:
         """Return this spec with the given fields changed; a field given as None stays as it is.
@@ -157,23 +156,7 @@ def load_spec(path: Path) -> MachineSpec:
         ConfigError: the file cannot be read, is not TOML, or describes no machine; one line with file, key
             and what would be right.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(_FILE_LIMIT + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > _FILE_LIMIT:
-        raise ConfigError(f"{path}: more than {format_size(_FILE_LIMIT)} is no machine's configuration")
-    try:
-        # The newline: of a mistake on an unfinished last line, tomllib would say "at end of document".
-        document = tomllib.loads(data.decode() + "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}: not TOML: line {line} is not UTF-8 text") from error
-    # A number of more than 4300 digits is a plain ValueError; thousands of nested brackets recurse.
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else _one_line(str(error))
-        raise ConfigError(f"{path}: not TOML: {reason}") from error
+    document = read_toml(path, whose="machine")
     try:
         return spec_of(document, base=path.parent)
     except ConfigError as error:
@@ -190,14 +173,14 @@ def spec_of(document: Mapping[str, object], *, base: Path) -> MachineSpec:
     Raises:
         ConfigError: it describes no machine; one line with key and what would be right.
     """
-    _refuse_unknown(document, _fields(MachineSpec), "")
+    refuse_unknown(document, MachineSpec)
     section = document.get("conversion", {})
     if isinstance(section, Mapping):
-        _refuse_unknown(section, _fields(ConversionSpec), "conversion.")
+        refuse_unknown(section, ConversionSpec, "conversion.")
     if "image" not in document:
-        raise ConfigError(f"image is missing: expected {_RIGHT['image']}")
+        raise ConfigError(f"image is missing: expected {_KEYS['image']}")
     if document.get("name") == "":
-        raise ConfigError(f"name: '' is not possible: expected {_RIGHT['name']}")
+        raise ConfigError(f"name: '' is not possible: expected {_KEYS['name']}")
 
     def decode(_kind: type, value: object) -> object:
         return resolve_image(value, base=base)  # the one field of a type that msgspec does not know
@@ -205,7 +188,7 @@ def spec_of(document: Mapping[str, object], *, base: Path) -> MachineSpec:
     try:
         return msgspec.convert(_with_sizes_in_bytes(document, ""), MachineSpec, dec_hook=decode)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(error, document)) from error
+        raise _KEYS.refused(error, document) from error
 
 
 def resolve_image(image: object, *, base: Path) -> Path:
@@ -219,7 +202,7 @@ def resolve_image(image: object, *, base: Path) -> Path:
         ConfigError: there is no such built-in guest, or the path is none.
     """
     if not isinstance(image, str) or not image or "\0" in image:
-        raise ConfigError(f"image: {_shown(image)} is not possible: expected {_RIGHT['image']}")
+        raise ConfigError(f"image: {shown(image)} is not possible: expected {_KEYS['image']}")
     if not image.startswith(BUILTIN_PREFIX):
         return base / image
     from kvmd.guests import GUESTS  # noqa: PLC0415 - most machines run a guest of their own
@@ -227,7 +210,7 @@ def resolve_image(image: object, *, base: Path) -> Path:
     name = image.removeprefix(BUILTIN_PREFIX)
     if name not in GUESTS:
         raise ConfigError(
-            f"image: there is no built-in guest {_shown(name)}{_suggestion(name, list(GUESTS))}: "
+            f"image: there is no built-in guest {shown(name)}{suggestion(name, GUESTS)}: "
             f"the built-in ones are {', '.join(GUESTS)}"
         )
     return GUESTS[name].path
@@ -251,52 +234,7 @@ def _with_sizes_in_bytes(table: Mapping[str, object], prefix: str) -> dict[str, 
             try:
                 result[name] = parse_size(value)
             except ValueError as error:
-                raise ConfigError(f"{key}: {_shown(value)} is not a size: expected {_RIGHT[key]}") from error
+                raise ConfigError(f"{key}: {shown(value)} is not a size: expected {_KEYS[key]}") from error
         else:
             result[name] = value
     return result
-
-
-def _need(key: str, value: object, holds: bool) -> None:  # noqa: FBT001 - the condition is what it is about
-    if not holds:
-        raise ConfigError(f"{key}: {_shown(value)} is not possible: expected {_RIGHT[key]}")
-
-
-def _fields(kind: type[msgspec.Struct]) -> list[str]:
-    return list(kind.__struct_fields__)
-
-
-def _refuse_unknown(table: Mapping[str, object], known: Sequence[str], prefix: str) -> None:
-    for key in table:
-        if key in known:
-            continue
-        raise ConfigError(
-            f"unknown key {prefix}{_one_line(key)}{_suggestion(key, known)}: the keys here are " + ", ".join(known)
-        )
-
-
-def _suggestion(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _explain(error: msgspec.ValidationError, document: Mapping[str, object]) -> str:
-    """Return msgspec's complaint with the key, the value and what would be right."""
-    key = re.sub(r"\[.*", "", str(error).rpartition(" - at `$.")[2].removesuffix("`"))
-    value: object = document
-    for part in key.split("."):
-        value = cast("Mapping[str, object]", value).get(part)
-    return f"{key}: {_shown(value)} is not possible: expected {_RIGHT[key]}"
-
-
-def _shown(value: object) -> str:
-    """Return ``value`` for a message: on one line, and not the whole of it where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no whole number of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= _SHOWN_LIMIT else text[: _SHOWN_LIMIT - 3] + "..."
-
-
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else repr(text)

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("request channel", ("kvmd.request_channel",)),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
+    ("configuration files", ("kvmd.toml_file",)),
     ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests")),
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),

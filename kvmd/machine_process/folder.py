@@ -27,11 +27,11 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
+from kvmd.closing import Closing
 from kvmd.conversion.record import ConversionRecord
 from kvmd.errors import KvmdError
 from kvmd.machine_process.messages import CounterValues, encode_hook
@@ -117,7 +117,7 @@ class LastConversions(msgspec.Struct, frozen=True):
     records: list[ConversionRecord]
 
 
-class MachineFolder:
+class MachineFolder(Closing):
     """One machine's folder, open.
 
     Args:
@@ -201,14 +201,6 @@ class MachineFolder:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def listen_in(folder: MachineFolder) -> socket.socket:
