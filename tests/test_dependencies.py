@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("last words", ("kvmd.last_words",)),
     ("stop reasons", ("kvmd.stop",)),
     ("accelerator's language", ("kvmd.hv",)),
-    ("words of the command line", ("kvmd.options", "kvmd.picture")),
+    ("words of the command line", ("kvmd.options", "kvmd.picture", "kvmd.lazy_group")),
     ("ranges", ("kvmd.ranges",)),
     ("ground", ("kvmd.units", "kvmd.errors", "kvmd.closing")),
     ("version", ("kvmd",)),
@@ -74,7 +74,7 @@ LOCKERS = ("kvmd.fleet.state_folder",)
 
 _LOCKING = {"flock", "LOCK_EX", "LOCK_NB"}
 
-FACES = ("kvmd.cli", "kvmd.ctl", "kvmd.options")
+FACES = ("kvmd.cli", "kvmd.ctl", "kvmd.options", "kvmd.lazy_group")
 FACES_ONLY = ("click", "rich")
 """Packages for people's eyes: a daemon's core must not draw."""
 

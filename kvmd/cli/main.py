@@ -18,6 +18,7 @@ import click
 from kvmd import __version__
 from kvmd.cli.startup import import_structlog_without_rich, open_standard_files
 from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
+from kvmd.lazy_group import LazyGroup
 from kvmd.stop import ExitStatus
 
 COMMANDS = {
@@ -31,33 +32,16 @@ COMMANDS = {
 ``_`` for ``-``."""
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are needed."""
+class _Commands(LazyGroup):
+    summaries = COMMANDS
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names, in the order of the help."""
-        del ctx
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command."""
-        del ctx
-        if cmd_name not in COMMANDS:
-            return None
+    def find(self, name: str) -> object:
         import_structlog_without_rich()
-        name = cmd_name.replace("-", "_")
-        command = getattr(importlib.import_module(f"kvmd.cli.{name}"), name)
-        assert isinstance(command, click.Command)  # noqa: S101 - a module of ours that breaks its one rule is a bug
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing them."""
-        del ctx
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        name = name.replace("-", "_")
+        return getattr(importlib.import_module(f"kvmd.cli.{name}"), name)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kvmd", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run KVM guests whose memory is shared or private, and watch every conversion between the two."""

@@ -18,6 +18,7 @@ from kvmd.ctl.session import SOCKET_VARIABLE, Session, common_options
 from kvmd.ctl.statuses import Status, epilog
 from kvmd.ctl.text import shown
 from kvmd.errors import KvmdError
+from kvmd.lazy_group import LazyGroup
 
 PROGRAM = "kvmctl"
 COMPLETION_VARIABLE = "_KVMCTL_COMPLETE"
@@ -47,33 +48,16 @@ COMMANDS = {
 name."""
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are needed."""
+class _Commands(LazyGroup):
+    summaries = COMMANDS
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names, in the order of the help."""
-        del ctx
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command."""
-        del ctx
-        if cmd_name not in COMMANDS:
-            return None
-        command = getattr(importlib.import_module(f"kvmd.ctl.commands.{cmd_name}"), f"{cmd_name}_command")
-        assert isinstance(command, click.Command)  # noqa: S101 - a module of ours that breaks its one rule is a bug
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands without importing them."""
-        del ctx
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+    def find(self, name: str) -> object:
+        return getattr(importlib.import_module(f"kvmd.ctl.commands.{name}"), f"{name}_command")
 
 
 @click.group(
     PROGRAM,
-    cls=LazyGroup,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=epilog("1    what was waited for did not happen in time"),
 )

@@ -8,6 +8,7 @@ from kvmd import __version__
 from kvmd.cli import main
 from kvmd.cli.main import cli, run_cli
 from kvmd.errors import BackendError, ConfigError, HostError, ImageError, KvmdError
+from kvmd.lazy_group import LazyGroup
 from kvmd.stop import ExitStatus
 
 
@@ -16,7 +17,7 @@ def failing_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> No
     def fails() -> None:
         raise error
 
-    monkeypatch.setattr(main.LazyGroup, "get_command", lambda *_: fails)
+    monkeypatch.setattr(LazyGroup, "get_command", lambda *_: fails)
 
 
 def test_the_help_lists_the_commands_without_importing_them(capsys: pytest.CaptureFixture[str]) -> None:
