@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from kvmd.fleet.base import Event
+from kvmd.fleet.base import Event, EventStream
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.machine_events import MachineEvents
 from kvmd.fleet.places import START, Place, format_places
-from kvmd.fleet.streams import Stream
+from kvmd.fleet.streams import PlacedStream
 
 _IN_FLIGHT = 64
 """Events that wait for a slow reader here; all others wait where they happen."""
@@ -57,7 +57,7 @@ class AllEvents:
         )
 
     @asynccontextmanager
-    async def follow(self, newcomers: Newcomers) -> AsyncIterator[AsyncIterator[Event]]:
+    async def follow(self, newcomers: Newcomers) -> AsyncIterator[EventStream]:
         """Follow all machines, and those that come."""
         async with trio.open_nursery() as nursery:
 
@@ -78,7 +78,7 @@ class AllEvents:
                             place = self._known.get(entry.info.created_ns, START)
                             self._places[entry.info.created_ns] = place
                         opening.start_soon(self._open_one, MachineEvents(entry, place), entry, nursery)
-                yield Stream(self._next)
+                yield PlacedStream(self._next, lambda: format_places(self._places))
             finally:
                 newcomers.remove(came_or_went)
                 nursery.cancel_scope.cancel()

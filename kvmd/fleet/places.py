@@ -37,7 +37,7 @@ def parse_place(text: str) -> Place:
     """
     found = _PLACE.fullmatch(text)
     if found is None:
-        raise ValueError(f"{text[:80]!r} was never an id of a machine's events")
+        raise never_an_id(text, "a machine's")
     return Place(int(found[1]), int(found[2]))
 
 
@@ -65,5 +65,10 @@ def parse_places(text: str) -> dict[int, Place]:
             created, _, place = part.partition(".")
             places[int(created, 16)] = parse_place(place)
     except ValueError as error:
-        raise ValueError(f"{text[:80]!r} was never an id of the daemon's events") from error
+        raise never_an_id(text, "the daemon's") from error
     return places
+
+
+def never_an_id(text: str, whose: str) -> ValueError:
+    """Return the error for an id that a stream of events never had."""
+    return ValueError(f"{text[:80]!r} was never an id of {whose} events")
