@@ -89,7 +89,7 @@ class _Following:
         if isinstance(dropped, int) and dropped > 0:
             self._dropped(dropped)
         try:
-            return binascii.a2b_base64(str(data), strict_mode=True)
+            return binascii.a2b_base64(data if isinstance(data, str) else "-", strict_mode=True)
         except ValueError as error:
             raise NotKvmd("the stream has output that is no base64") from error
 
