@@ -87,7 +87,7 @@ async def test_the_daemon_leaves_its_machines_to_the_next_one(fake_site: Site) -
             command(fake_site), stderr=subprocess.PIPE, timeout=SECONDS, check=False
         )
         assert done.returncode == ExitStatus.HOST
-        assert b"another daemon uses the state folder" in done.stderr
+        assert b"another daemon (process %d) uses the state folder" % process.pid in done.stderr
         assert end(process)[-2:] == ["daemon-stopping", "daemon-stopped"]
     async with last_opened(fake_site) as fleet:
         assert fleet.machine("guest").state == "running"

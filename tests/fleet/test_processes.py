@@ -223,12 +223,31 @@ async def test_a_death_while_the_daemon_is_away_is_told_by_the_parent(fake_site:
 
 async def test_a_second_fleet_on_the_same_folder_is_refused(fake_site: Site) -> None:
     async with opened(fake_site) as fleet:
-        with pytest.raises(HostError, match="another daemon uses the state folder"):
+        with pytest.raises(HostError, match=rf"another daemon \(process {os.getpid()}\) uses the state folder"):
             async with fake_site.open_local():
                 pass
         assert fleet.machines() == []
     async with opened(fake_site):
         pass
+
+
+def copies_of(path: Path) -> list[int]:
+    """Return copies of this process's descriptors of a file."""
+    found = [fd for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and fd.readlink() == path]
+    return [os.dup(int(fd.name)) for fd in found]
+
+
+async def test_a_copy_of_the_lock_s_descriptor_keeps_nobody_out(fake_site: Site) -> None:
+    # A child that is forked, and not yet at its exec, has one: of a process that is started while the daemon ends.
+    async with opened(fake_site):
+        held = copies_of(fake_site.folder / "lock")
+    try:
+        assert held
+        async with opened(fake_site):
+            pass
+    finally:
+        for fd in held:
+            os.close(fd)
 
 
 async def test_stopping_everything_has_a_deadline(local_site: Site) -> None:
