@@ -40,8 +40,8 @@ lab-test: $(READY) ## Run the tests that need private memory, in the lab
 guests: ## Rebuild the payload guests with the GNU toolchain
 	$(MAKE) -C kvmd/guests/src
 
-bench: $(READY) ## Measure, as ratios in one run
-	$(BIN)/python -m bench
+bench: $(READY) ## Measure, as ratios in one run (build/bench/results.json)
+	$(BIN)/kvmd bench all --output build/bench/results.json $(BENCH_ARGS)
 
 lock: ## Pin all dependencies again
 	$(PYTHON) -m venv $(VENV)-lock

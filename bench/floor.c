@@ -14,6 +14,11 @@
  *   spurious           exits that found the page converted by another vCPU
  *   completed_mmio     accesses to memory that came as MMIO and were done here
  *   cuts               pieces cut out of blocks
+ *   explicit           explicit requests
+ *   discards           sides left behind that were given back: one for each conversion
+ *   pauses             times that all vCPUs were kept out of KVM_RUN: one for each cut, as in kvmd; with --kick always
+ *                      for each conversion
+ *   taken_out          vCPUs that were inside then, and were made to leave
  *   status             the machine's exit status: the highest of its vCPUs', or 120 where it was stopped
  *   stopped            why, or null
  */
@@ -178,9 +183,12 @@ static int report(const struct machine *machine)
 	print_mean("us_per_conversion", statistics->last - (skipped ? statistics->skipped : statistics->first), rest);
 	print_mean("us_in_kvm_first", statistics->in_kvm_first, skipped);
 	print_mean("us_in_kvm", statistics->in_kvm, rest);
-	printf("\"spurious\": %llu, \"completed_mmio\": %llu, \"cuts\": %llu, \"explicit\": %llu, ",
+	printf("\"spurious\": %llu, \"completed_mmio\": %llu, \"cuts\": %llu, \"explicit\": %llu, "
+	       "\"discards\": %llu, \"pauses\": %llu, \"taken_out\": %llu, ",
 	       (unsigned long long)statistics->spurious, (unsigned long long)statistics->completed_mmio,
-	       (unsigned long long)statistics->cuts, (unsigned long long)statistics->explicit_requests);
+	       (unsigned long long)statistics->cuts, (unsigned long long)statistics->explicit_requests,
+	       (unsigned long long)statistics->discards, (unsigned long long)statistics->pauses,
+	       (unsigned long long)statistics->taken_out);
 	printf("\"status\": %d, \"stopped\": ", status);
 	if (machine->stopped)
 		printf("\"%s\"}\n", machine->stopped);

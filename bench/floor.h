@@ -50,7 +50,8 @@ struct piece {
 };
 
 struct statistics {
-	u64 conversions, spurious, completed_mmio, explicit_requests, cuts;
+	u64 conversions, spurious, completed_mmio, explicit_requests, cuts, discards;
+	u64 pauses, taken_out; /* times that all vCPUs were kept out of KVM_RUN; those that had to leave it for that */
 	double first, skipped, last; /* microseconds, CLOCK_MONOTONIC */
 	double in_kvm, in_kvm_first; /* microseconds within slot and discard calls; of the first `skip` conversions */
 };

@@ -125,6 +125,7 @@ static void flip(struct machine *machine, struct piece *piece)
 	if (fallocate(machine->side_fd[old], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, piece->gpa, piece->size))
 		die("fallocate: %s", strerror(errno));
 	machine->in_kvm += now_us() - start;
+	machine->statistics.discards++;
 }
 
 /* Convert one page; false where there are not enough slots to cut it out. */

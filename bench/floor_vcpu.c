@@ -94,8 +94,10 @@ static void ask(struct machine *machine, struct request *request)
 
 /* The order matters: immediate_exit is what stops a vCPU that has not entered the guest yet, the signal is what
  * gets one out that has. The signal is blocked but for the time within KVM_RUN, so it cannot be lost between. */
-static void kick_all(struct machine *machine)
+static unsigned kick_all(struct machine *machine)
 {
+	unsigned kicked = 0;
+
 	for (unsigned i = 0; i < machine->options.vcpus; i++) {
 		struct vcpu *vcpu = &machine->vcpus[i];
 
@@ -104,7 +106,9 @@ static void kick_all(struct machine *machine)
 		vcpu->kicked = true;
 		__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
 		pthread_kill(vcpu->thread, KICK);
+		kicked++;
 	}
+	return kicked;
 }
 
 static bool any_inside(struct machine *machine)
@@ -120,7 +124,8 @@ void pause_vcpus(struct machine *machine)
 {
 	pthread_mutex_lock(&machine->gate);
 	machine->paused = true;
-	kick_all(machine);
+	machine->statistics.pauses++;
+	machine->statistics.taken_out += kick_all(machine);
 	while (any_inside(machine))
 		pthread_cond_wait(&machine->gate_changed, &machine->gate);
 	pthread_mutex_unlock(&machine->gate);

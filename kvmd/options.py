@@ -12,7 +12,7 @@ from kvmd.units import parse_size
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+def parse_size_option(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Return the bytes of a size such as ``64M``."""
     try:
         return None if value is None else parse_size(value)
@@ -38,7 +38,12 @@ def machine_options(command: _F) -> _F:
         (
             click.option("--name", help="The machine's name in the log.  [default: from the image]"),
             click.option("--vcpus", type=int, metavar="N", help="Virtual CPUs.  [default: 1]"),
-            click.option("--memory", callback=_size, metavar="SIZE", help="Guest memory, such as 64M.  [default: 64M]"),
+            click.option(
+                "--memory",
+                callback=parse_size_option,
+                metavar="SIZE",
+                help="Guest memory, such as 64M.  [default: 64M]",
+            ),
             click.option(
                 "--accelerator",
                 type=click.Choice(["auto", "kvm", "software"]),

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Literal
 
-from bench.measure import CannotMeasure, Options, Ratio, Report, take_turns
-from bench.runs import Load, require_kvm, run_kvmd
+from kvmd.benchmark.measure import CannotMeasure, Options, Ratio, Report, take_turns
+from kvmd.benchmark.runs import Load, require_kvm, run_kvmd
 from kvmd.hv.exits import PortIo
 from kvmd.hv.vcpu import Registers, Vcpu
 from kvmd.kvm.fault_layout import MERGED

@@ -26,7 +26,7 @@ from queue import SimpleQueue
 
 import trio
 
-from bench.measure import Options, Ratio, Report, take_turns
+from kvmd.benchmark.measure import Options, Ratio, Report, take_turns
 from kvmd.conversion.changes import Change, Limits, Ticket
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, MmioAccess, Outcome
 from kvmd.conversion.ring import RecordRing

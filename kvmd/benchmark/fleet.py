@@ -12,10 +12,10 @@ from pathlib import Path
 import structlog
 import trio
 
-from bench.measure import Fact, Options, Ratio, Report, Series
-from bench.qemu import qemu_starts
-from bench.runs import require_kvm
-from bench.start import first_byte_of_run
+from kvmd.benchmark.measure import Fact, Options, Ratio, Report, Series
+from kvmd.benchmark.qemu import qemu_starts
+from kvmd.benchmark.runs import require_kvm
+from kvmd.benchmark.start import first_byte_of_run
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.guests import GUESTS
 from kvmd.spec import MachineSpec

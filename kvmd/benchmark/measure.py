@@ -7,15 +7,10 @@ neighbours; absolute times stand beside it for orientation only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from statistics import median
-
-_STEAL = 7
-"""The column of /proc/stat's cpu line that counts time taken by the host's other guests (proc(5), 'cpu')."""
+from statistics import median, quantiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +53,11 @@ class Series:
         """The median of the values."""
         return median(self.values)
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The first and the third quartile of the values."""
+        return middle(self.values)
+
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
@@ -83,6 +83,11 @@ class Ratio:
         """The median of the ratios, which is not the ratio of the medians."""
         return median(self.ratios)
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The first and the third quartile of the ratios."""
+        return middle(self.ratios)
+
 
 @dataclass(frozen=True, slots=True)
 class Fact:
@@ -106,7 +111,10 @@ class Report:
         title: one line.
         ratios: figures beside one another.
         facts: figures by themselves.
-        notes: what the reader must know, the host's load among it.
+        notes: what the reader must know.
+        missing: what could not be measured here, or had nothing beside it, and why: one line each.
+        figures: kvmd's own run in single values, for programs that read them: keys of their own in the JSON.
+        conditions: what ``Conditions.as_json`` says of the time that it took.
     """
 
     name: str
@@ -114,12 +122,29 @@ class Report:
     ratios: list[Ratio] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    figures: dict[str, object] = field(default_factory=dict)
+    conditions: dict[str, object] = field(default_factory=dict)
 
     def compare(self, series: Mapping[str, Series], beside: str, target: float | None = None) -> None:
-        """Add a ratio of every series to the one of the key ``beside``, all with the same target."""
+        """Add a ratio of every series to the one of the key ``beside``, all with the same target.
+
+        Where that one is not there, they are facts.
+        """
+        if beside not in series:
+            self.facts += [Fact(subject) for subject in series.values()]
+            return
         for key, subject in series.items():
             if key != beside:
                 self.ratios.append(Ratio(subject, series[beside], target))
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """Return the first and the third quartile: half of the values lie between."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
 
 
 def take_turns(
@@ -165,22 +190,3 @@ def take_turns_together(
         label: tuple(Series(label, unit, tuple(row[column] for row in measured)) for column, unit in enumerate(units))
         for label, measured in rows.items()
     }
-
-
-class LoadWatch:
-    """Notes how busy the host is with other things, from its construction on."""
-
-    def __init__(self) -> None:
-        self._before = os.getloadavg()[0]
-        self._times = _cpu_times()
-
-    def note(self) -> str:
-        """Return one line about the time since."""
-        passed = [now - before for now, before in zip(_cpu_times(), self._times, strict=True)]
-        stolen = f", {100 * passed[_STEAL] / sum(passed):.0f} % of CPU time stolen" if sum(passed) else ""
-        return f"host: {os.cpu_count()} CPUs, load average {self._before:.1f} to {os.getloadavg()[0]:.1f}{stolen}"
-
-
-def _cpu_times() -> list[int]:
-    first_line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
-    return [int(word) for word in first_line.split()[1:9]]

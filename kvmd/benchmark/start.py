@@ -11,15 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from bench.measure import CannotMeasure, Fact, Options, Ratio, Report, take_turns
-from bench.runs import require_kvm
+from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, take_turns
+from kvmd.benchmark.runs import require_kvm
+from kvmd.benchmark.sources import ROOT, build_folder
 
 TARGET_SECONDS = 0.5
 """To the guest's first instruction, imports included."""
 
-_ROOT = Path(__file__).resolve().parents[1]
 _KVMD = ("-m", "kvmd", "run", "builtin:hello", "--log-level", "error")
 _IMPORT_LINE = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|(\s+)(\S+)")
 _SLOWEST = 8
@@ -57,7 +56,7 @@ def first_byte_of_run() -> float:
 def _environment() -> dict[str, str]:
     """Return this process's, but with bytecode that is kept: an installed kvmd has it."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, "PYTHONPATH": str(_ROOT), "PYTHONPYCACHEPREFIX": str(_ROOT / "build" / "bench" / "pycache")}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(build_folder() / "pycache")}
 
 
 def _first_byte(arguments: Sequence[str]) -> float:

@@ -22,7 +22,6 @@ from typing import cast
 import h11
 import trio
 
-from bench.measure import Fact, Options, Ratio, Report, take_turns
 from kvmd.api.access import AccessRules
 from kvmd.api.app import make_app
 from kvmd.api.models import HostFacts
@@ -30,6 +29,7 @@ from kvmd.api.server.asgi import Receive, Scope, Send
 from kvmd.api.server.listen import listening
 from kvmd.api.server.server import Server
 from kvmd.api.services import Services
+from kvmd.benchmark.measure import Fact, Options, Ratio, Report, take_turns
 from kvmd.fleet.base import Counters, Event, Fleet, MachineInfo, MemoryMap
 from kvmd.guests import GUESTS
 from kvmd.ranges import GpaRange, PageState

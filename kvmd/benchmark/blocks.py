@@ -1,4 +1,4 @@
-"""What conversions and a machine's start cost, by the size of blocks, the size of memory and the number of pages.
+"""What conversions and a machine's start cost, by the size of blocks and of memory.
 
 Memory starts as blocks of bounded size. The first conversion in each has to cut it, at a cost that grows with its
 size; the start has to make all of them, at a cost that grows with their number.
@@ -11,15 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from bench.measure import Options, Ratio, Report, Series, take_turns, take_turns_together
-from bench.runs import Load, run_floor, run_kvmd, timed_open
+from kvmd.benchmark.measure import Options, Ratio, Report, Series, take_turns_together
+from kvmd.benchmark.runs import Load, run_kvmd, timed_open
 from kvmd.guests import GUESTS
 from kvmd.protection import emulated
 from kvmd.spec import MachineSpec
 from kvmd.units import GIB, KIB, MIB, format_size
-
-TARGET = 1.2
-"""What a conversion may cost in much memory, or among many pages, beside little or few."""
 
 _BLOCKS = (512 * KIB, 1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB)
 _USUAL = 2 * MIB
@@ -27,11 +24,10 @@ _MEMORIES = (64 * MIB, 1 * GIB, 4 * GIB)
 
 
 def measure(options: Options) -> Report:
-    """Measure block sizes, then the growth with memory and with pages."""
-    report = Report("blocks", "cost by block size, memory and pages")
+    """Measure block sizes in little and much memory."""
+    report = Report("blocks", "start and first conversion by block size and memory")
     for memory in _MEMORIES:
         _measure_blocks(report, memory, options)
-    _measure_growth(report, options)
     report.notes += [
         f"a block grows with memory, so that there are never more than {emulated.MOST_BLOCKS}",
         "`start` is Machine.open; `first` the time within the very first conversion, which cuts a block",
@@ -57,36 +53,6 @@ def _measure_blocks(report: Report, memory: int, options: Options) -> None:
                 subject, beside = columns[_label(block)][column], columns[_label(_USUAL)][column]
                 where = f"{format_size(memory)}, {what}"
                 report.ratios.append(Ratio(_named(subject, f"{where}, {subject.label}"), beside))
-
-
-def _measure_growth(report: Report, options: Options) -> None:
-    """Measure steady conversions in little and much memory, of few and many pages; the floor shows KVM's share."""
-    for what, small, large in (
-        ("memory", Load(rounds=9), Load(rounds=9, memory=4 * GIB)),
-        ("pages of each vCPU", Load(rounds=9), Load(rounds=2, pages=4096)),
-    ):
-        labels = [format_size(small.memory), format_size(large.memory)] if what == "memory" else ["16", "4096"]
-        columns = take_turns(
-            {
-                "kvmd small": partial(_steady_kvmd, small),
-                "kvmd large": partial(_steady_kvmd, large),
-                "floor small": partial(_steady_floor, small),
-                "floor large": partial(_steady_floor, large),
-            },
-            rounds=options.rounds(20 if what == "memory" else 7),
-            unit="us",
-        )
-        for who, target in (("kvmd", TARGET), ("floor", None)):
-            subject = _named(columns[f"{who} large"], f"{who}, {what}: {labels[1]}")
-            report.ratios.append(Ratio(subject, _named(columns[f"{who} small"], labels[0]), target))
-
-
-def _steady_kvmd(load: Load) -> float:
-    return run_kvmd(load).us_per_conversion
-
-
-def _steady_floor(load: Load) -> float:
-    return run_floor(load, "service").us_per_conversion
 
 
 def _start_ms(memory: int) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
-from bench.measure import Fact, Ratio, Report, Series
+from kvmd.benchmark.conditions import in_words
+from kvmd.benchmark.measure import Fact, Ratio, Report, Series, middle
 
 _SIGNIFICANT = 3
-_RATIO_HEAD = ("measured", "median", "beside", "median", "ratio", "min", "max", "rounds", "target")
-_FACT_HEAD = ("measured", "median", "min", "max", "rounds", "target")
+_RATIO_HEAD = ("measured", "median", "beside", "median", "ratio", "middle half", "min", "max", "rounds", "target")
+_FACT_HEAD = ("measured", "median", "middle half", "min", "max", "rounds", "target")
 
 
 def render(report: Report) -> str:
@@ -18,8 +20,11 @@ def render(report: Report) -> str:
         parts.append(_table(_RATIO_HEAD, [_ratio_row(ratio) for ratio in report.ratios]))
     if report.facts:
         parts.append(_table(_FACT_HEAD, [_fact_row(fact) for fact in report.facts]))
-    if report.notes:
-        parts.append("\n".join(f"- {note}" for note in report.notes))
+    notes = [*report.notes, *(f"not measured: {what}" for what in report.missing)]
+    if report.conditions:
+        notes.append(in_words(report.conditions))
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
 
@@ -28,23 +33,36 @@ def as_json(report: Report) -> dict[str, object]:
     return {
         "name": report.name,
         "title": report.title,
+        **report.figures,
+        "conditions": report.conditions,
         "ratios": [
             {
                 "subject": _series_json(ratio.subject),
                 "beside": _series_json(ratio.beside),
-                "ratio": {"median": ratio.median, "min": min(ratio.ratios), "max": max(ratio.ratios)},
-                "rounds": len(ratio.ratios),
+                "ratio": spread(ratio.ratios),
                 "target": ratio.target,
             }
             for ratio in report.ratios
         ],
         "facts": [{**_series_json(fact.series), "target": fact.target} for fact in report.facts],
         "notes": report.notes,
+        "missing": report.missing,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, object]:
+    """Return the median of values, how far they lie apart, and how many there are."""
+    return {
+        "median": median(values),
+        "quartiles": list(middle(values)),
+        "min": min(values),
+        "max": max(values),
+        "rounds": len(values),
     }
 
 
 def _series_json(series: Series) -> dict[str, object]:
-    return {"label": series.label, "unit": series.unit, "median": series.median, "values": list(series.values)}
+    return {"label": series.label, "unit": series.unit, **spread(series.values), "values": list(series.values)}
 
 
 def _ratio_row(ratio: Ratio) -> list[str]:
@@ -54,6 +72,7 @@ def _ratio_row(ratio: Ratio) -> list[str]:
         ratio.beside.label,
         _value(ratio.beside.median, ratio.beside.unit),
         f"**{ratio.median:.2f}**",
+        "{:.2f} to {:.2f}".format(*ratio.middle),
         f"{min(ratio.ratios):.2f}",
         f"{max(ratio.ratios):.2f}",
         str(len(ratio.ratios)),
@@ -66,6 +85,7 @@ def _fact_row(fact: Fact) -> list[str]:
     return [
         series.label,
         f"**{_value(series.median, series.unit)}**",
+        " to ".join(_value(value, "") for value in series.middle),
         _value(min(series.values), series.unit),
         _value(max(series.values), series.unit),
         str(len(series.values)),

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.measure import CannotMeasure, Fact, Options, Report, Series
-from bench.runs import require_kvm, timed_open
+from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Report, Series
+from kvmd.benchmark.runs import require_kvm, timed_open
+from kvmd.benchmark.sources import ROOT
 from kvmd.errors import KvmdError
 from kvmd.guests import GUESTS
 from kvmd.spec import MachineSpec
 from kvmd.units import GIB, MIB, TIB, format_size
 
-_ROOT = Path(__file__).resolve().parents[1]
 _KEYS = ("MemAvailable", "VmallocUsed", "Slab")
 _SETTLE_SECONDS = 1.0
 """How long the kernel may take to free what the machine before had: it does so after the process has ended."""
@@ -71,13 +71,13 @@ def _open_and_look(size: int) -> dict[str, float]:
 @contextmanager
 def _machine(size: int) -> Iterator[dict[str, float]]:
     with subprocess.Popen(
-        [sys.executable, "-m", "bench.memory", str(size)],
+        [sys.executable, "-m", "kvmd.benchmark.memory", str(size)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as process:
         stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
         assert stdin is not None and stdout is not None and stderr is not None  # noqa: S101, PT018 - they are pipes

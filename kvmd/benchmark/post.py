@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from bench.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
-from bench.qemu import qemu_start
-from bench.runs import require_kvm
+from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
+from kvmd.benchmark.qemu import qemu_start
+from kvmd.benchmark.runs import require_kvm
 
 TARGET = 1.5
 """What it may take at most, in starts of QEMU."""

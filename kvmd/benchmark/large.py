@@ -17,8 +17,9 @@ from unittest import mock
 
 import trio
 
-from bench.measure import CannotMeasure, Options, Report, Series, take_turns
-from bench.runs import build_bare, require_kvm
+from kvmd.benchmark.measure import CannotMeasure, Options, Report, Series, take_turns
+from kvmd.benchmark.runs import require_kvm
+from kvmd.benchmark.sources import build_bare
 from kvmd.conversion.changes import Change, Limits
 from kvmd.conversion.messages import Outcome
 from kvmd.conversion.record import ConversionRecord

@@ -1,0 +1,71 @@
+"""The benchmarks there are: each is ``measure(options)`` in a module of its own, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+
+import structlog
+
+from kvmd.benchmark.conditions import Conditions
+from kvmd.benchmark.measure import CannotMeasure, Options, Report
+from kvmd.benchmark.sources import PROGRAMS, ROOT
+
+SUMMARIES = {
+    "conversions": "a conversion, end to end, beside the same KVM calls in C",
+    "growth": "what a conversion costs by vCPUs, pages already converted, and memory",
+    "handoff": "a vCPU thread's way to the service and back, beside a bare ping-pong of two threads",
+    "large": "a large explicit conversion, GiB/s, beside the bare calls in C",
+    "start": "a machine from its creation to its guest, cold and warmed, and idle memory, beside QEMU microvm",
+    "api": "the control API: a small GET beside a bare h11 echo, and streams of events",
+    "scale": "1 to 100 machines that convert at once: total, fairness, and the daemon's lag",
+    "fleet": "the daemon's machines: creations in a row, idle ones, and streams that nobody reads",
+    "post": "a machine over HTTP, from its POST to the guest's first output, beside QEMU microvm",
+    "software": "conversions and instructions on the software CPU, beside KVM",
+    "blocks": "the start and the first conversion, by the size of memory's first blocks",
+    "memory": "host memory that large machines take before the guest touches any",
+}
+"""Benchmarks with one line each, in the order of `kvmd bench all`."""
+
+_IN_SOURCES = {"linux": "a Linux guest beside QEMU microvm: to init, its disk and its network (in the lab)"}
+"""Those that run the tests' guests, so that only a source tree has them: ``bench/NAME.py``."""
+
+
+def summaries() -> dict[str, str]:
+    """Return all that are here."""
+    return SUMMARIES | {name: what for name, what in _IN_SOURCES.items() if (PROGRAMS / f"{name}.py").exists()}
+
+
+def run(name: str, options: Options) -> Report:
+    """Measure one of ``summaries``.
+
+    Raises:
+        CannotMeasure: this host lacks what it needs.
+    """
+    return under_conditions(lambda: _measure_of(name)(options))
+
+
+def under_conditions(measure: Callable[[], Report]) -> Report:
+    """Measure with kvmd's log silent, and note the conditions in the report."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    conditions = Conditions()
+    try:
+        report = measure()
+    except FileNotFoundError as error:
+        raise CannotMeasure(f"{error.filename} is not here: {error.strerror}") from error
+    finally:
+        structlog.reset_defaults()
+    report.conditions = conditions.as_json()
+    return report
+
+
+def _measure_of(name: str) -> Callable[[Options], Report]:
+    if name in SUMMARIES:
+        module = importlib.import_module(f"kvmd.benchmark.{name}")
+    else:
+        sys.path.insert(0, str(ROOT))
+        module = importlib.import_module("bench.linux")
+    measure: Callable[[Options], Report] = module.measure
+    return measure

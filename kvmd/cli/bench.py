@@ -1,0 +1,215 @@
+"""``kvmd bench``: measure kvmd beside what the hardware, the kernel and its peers need for the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from kvmd.benchmark import catalogue
+from kvmd.benchmark.measure import CannotMeasure, Options, Report
+from kvmd.benchmark.tables import as_json, render
+from kvmd.lazy_group import LazyGroup
+from kvmd.options import parse_size_option
+from kvmd.stop import ExitStatus
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_EPILOG = f"""\b
+Exit status: 0, or
+  {ExitStatus.CONFIG:d}  the command line is wrong
+  {ExitStatus.HOST:d}  a benchmark cannot run here, and a line on stderr says why; `all` measures the others all the same
+  {ExitStatus.STOPPED:d}  stopped by SIGINT (Ctrl-C)
+
+Where only what stands beside kvmd is missing (a C compiler, QEMU), kvmd's own figures are there, `missing` and a line on
+stderr say what is not, and the status is 0.
+"""
+
+
+def _common_options(command: _F) -> _F:
+    for option in reversed(
+        (
+            click.option("--quick", is_flag=True, help="Few and short rounds, to see that it works."),
+            click.option("--large", is_flag=True, help="What takes gigabytes and minutes too."),
+            click.option("--json", "as_json_", is_flag=True, help="Print JSON, with each round's values, not tables."),
+            click.option(
+                "--output",
+                type=click.Path(dir_okay=False, path_type=Path),
+                metavar="FILE",
+                help="Write the JSON there, too.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+class _Benchmarks(LazyGroup):
+    """One command for each benchmark, and one for all."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(_listed())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        return self.find(cmd_name) if cmd_name in _listed() else None
+
+    def find(self, name: str) -> click.Command:
+        if name == "conversions":
+            return conversions
+        if name == "all":
+            return _all
+        return _command(name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _listed() and not args[0].startswith("-"):
+            ctx.fail(f"there is no benchmark {args[0]!r}: there are {', '.join(_listed())}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Benchmarks"):
+            formatter.write_dl(list(_listed().items()))
+
+
+def _listed() -> dict[str, str]:
+    return catalogue.summaries() | {"all": "every one of them"}
+
+
+@click.group(cls=_Benchmarks, epilog=_EPILOG)
+def bench() -> None:
+    """Measure kvmd, as ratios of two things that take turns in one run.
+
+    `kvmd bench NAME --help` lists a benchmark's options. How to read the tables: docs/performance.md.
+    """
+
+
+def _command(name: str) -> click.Command:
+    """Return the command of a benchmark that has no options of its own."""
+
+    @click.command(name, help=f"Measure {catalogue.summaries()[name]}.", epilog=_EPILOG)
+    @_common_options
+    def command(*, quick: bool, large: bool, as_json_: bool, output: Path | None) -> int:
+        options = Options(quick=quick, large=large)
+        return _measure({name: lambda: catalogue.run(name, options)}, as_json_=as_json_, output=output, single=True)
+
+    return command
+
+
+@click.command("all", epilog=_EPILOG)
+@_common_options
+def _all(*, quick: bool, large: bool, as_json_: bool, output: Path | None) -> int:
+    """Run every benchmark, one after the other."""
+    options = Options(quick=quick, large=large)
+    every = {name: (lambda name=name: catalogue.run(name, options)) for name in catalogue.summaries()}
+    return _measure(every, as_json_=as_json_, output=output, single=False)
+
+
+@click.command("conversions", epilog=_EPILOG)
+@click.option("--pages", type=click.IntRange(1, 1 << 20), metavar="P", help="Pages of each vCPU.  [default: 16]")
+@click.option("--rounds", type=click.IntRange(2, 1 << 20), metavar="R", help="Walks over them.  [default: 17]")
+@click.option("--vcpus", type=click.IntRange(1, 64), metavar="N", help="Virtual CPUs.  [default: 1]")
+@click.option(
+    "--memory",
+    callback=parse_size_option,
+    metavar="SIZE",
+    help="Guest memory, such as 4G.  [default: 64M, or what the pages need]",
+)
+@click.option("--protection", metavar="KIND", help="As of `kvmd run`.  [default: emulated]")
+@click.option("--tripwire", type=click.Choice(["auto", "attribute", "guest_memfd", "hole"]), help="As of `kvmd run`.")
+@click.option("--turns", type=click.IntRange(1, 10_000), metavar="T", help="Runs of each.  [default: 40]")
+@_common_options
+def conversions(
+    *, turns: int | None, quick: bool, large: bool, as_json_: bool, output: Path | None, **load: int | str | None
+) -> int:
+    """Measure a conversion, end to end, beside the same KVM calls in C.
+
+    The guest `pingpong` walks its pages R times, and touches each in its shared and then its private view: each touch is
+    one conversion. The first walk, which cuts memory into pages, is told apart. Without any option of its load, 1 and 4
+    vCPUs are measured.
+
+    Keys of the JSON, of kvmd's own run, medians over the runs: `conversions` (after the first walk),
+    `us_per_conversion` (wall time), `us_in_kvm`, `per_second`, `first_round_conversions`,
+    `first_round_us_per_conversion`; the same under `floor_service` and `floor_thread`; and `ratio_service`,
+    `ratio_thread`, `ratio_in_kvm` with `median`, `quartiles`, `min`, `max` and `rounds`.
+    """
+    options = Options(quick=quick, large=large)
+    given = {key: value for key, value in load.items() if value is not None}
+
+    def measure() -> Report:
+        from kvmd.benchmark import conversions as module  # noqa: PLC0415 - so that --help does not wait for a machine
+        from kvmd.benchmark.runs import Load  # noqa: PLC0415 - as above
+
+        if not given and turns is None:
+            return module.measure(options)
+        return module.measure_load(Load(**given), options, turns)  # type: ignore[arg-type]  # click checked them
+
+    return _measure(
+        {"conversions": lambda: catalogue.under_conditions(measure)}, as_json_=as_json_, output=output, single=True
+    )
+
+
+def _measure(measures: dict[str, Callable[[], Report]], *, as_json_: bool, output: Path | None, single: bool) -> int:
+    """Measure, print, and return the exit status."""
+    if output is not None:
+        # Now: nobody wants to learn at the end of a quarter of an hour that it cannot be written.
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("", encoding="utf-8")
+    reports: list[Report] = []
+    failed: dict[str, str] = {}
+    for place, (name, measure) in enumerate(measures.items(), 1):
+        with _progress(f"{place}/{len(measures)} {name}"):
+            try:
+                report = measure()
+            except CannotMeasure as error:
+                failed[name] = str(error)
+                _say(f"{name}: not measured: {error}")
+                continue
+        reports.append(report)
+        for what in report.missing:
+            _say(f"{name}: nothing beside it: {what}")
+        if not as_json_:
+            print(render(report), flush=True)
+    document = _document(reports, failed, single=single)
+    if output is not None:
+        output.write_text(document, encoding="utf-8")
+    if as_json_ and (reports or not single):
+        print(document, end="")
+    return ExitStatus.HOST if failed else 0
+
+
+def _document(reports: Sequence[Report], failed: dict[str, str], *, single: bool) -> str:
+    every = [as_json(report) for report in reports]
+    document: object = {"benchmarks": every, "not_measured": failed}
+    if single and every:
+        document = every[0]
+    return json.dumps(document, indent=1) + "\n"
+
+
+class _progress:  # noqa: N801 - reads as a statement
+    """Says on a terminal what is being measured, and how long it took: one line on stderr, rewritten."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._shown = sys.stderr.isatty()
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+        if self._shown:
+            print(f"measuring {self._what} ...", end="", flush=True, file=sys.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            print(f"\r\x1b[Kmeasured {self._what} in {time.monotonic() - self._began:.0f} s", file=sys.stderr)
+
+
+def _say(message: str) -> None:
+    print(f"kvmd: bench: {message}", file=sys.stderr)
