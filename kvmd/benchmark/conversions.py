@@ -11,8 +11,7 @@ from functools import partial
 from statistics import median
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series
-from kvmd.benchmark.runs import Load, floor_cannot, run_floor, run_kvmd
-from kvmd.benchmark.sources import build_floor
+from kvmd.benchmark.runs import Load, run_floor, run_kvmd
 from kvmd.benchmark.tables import spread
 from kvmd.benchmark.tally import Run
 from kvmd.units import format_size
@@ -50,28 +49,22 @@ def measure_load(load: Load, options: Options, turns: int | None = None) -> Repo
     """
     report = Report("conversions", "one conversion, end to end")
     things: dict[str, Callable[[], Run]] = {"kvmd": partial(run_kvmd, load)}
-    try:
-        if why := floor_cannot(load):
-            raise CannotMeasure(why)
-        build_floor()
-        things |= {f"floor_{mode}": partial(run_floor, load, mode) for mode in _MODES}
-    except CannotMeasure as error:
-        report.missing.append(str(error))
+    things |= {f"floor_{mode}": partial(run_floor, load, mode) for mode in _MODES}
     runs = _in_turns(things, turns or options.rounds(_TURNS), report)
     _add_figures(report, load, runs)
     _add_rows(report, load, runs)
     report.notes += [
         (
-            "`floor` is bench/floor.c, the same guest and the same KVM calls in C: it converts in a `service` thread that "
-            "the faulting one wakes and waits for, as kvmd by its design, or in the faulting `thread`"
+            "`floor` is bench/floor.c, the same guest and the same KVM calls in C: it converts in a `service` thread "
+            "that the faulting one wakes and waits for, as kvmd by its design, or in the faulting `thread`"
         ),
         (
-            "`in KVM`: the part that goes into changing slots and discarding; in kvmd's is also its Python between these "
-            "calls, and its waiting for the interpreter lock after each"
+            "`in KVM`: the part that goes into changing slots and discarding; in kvmd's is also its Python between "
+            "these calls, and its waiting for the interpreter lock after each"
         ),
         (
-            f"{load.pages} pages for each vCPU, {format_size(load.memory_bytes)} of memory, {load.steady} conversions a "
-            "run; the first walk over the pages, which cuts memory, is not counted"
+            f"{load.pages} pages for each vCPU, {format_size(load.memory_bytes)} of memory, {load.steady} conversions "
+            "a run; the first walk over the pages, which cuts memory, is not counted"
         ),
     ]
     return report
@@ -86,7 +79,8 @@ def _in_turns(things: dict[str, Callable[[], Run]], turns: int, report: Report) 
             if name == "kvmd":
                 raise
             del things[name]
-            report.missing.append(str(error))
+            if str(error) not in report.missing:
+                report.missing.append(str(error))
     runs: dict[str, list[Run]] = {name: [] for name in things}
     for _ in range(turns):
         for name, thing in things.items():

@@ -40,8 +40,8 @@ def measure(options: Options) -> Report:
             _measure_cell(report, load_of(vcpus, pages), options)
     report.notes += [
         (
-            "pages are those of each vCPU; `growth` rows set kvmd, and the floor, beside themselves; a run has at least "
-            f"{_CONVERSIONS} conversions after its first round, which is left out"
+            "pages are those of each vCPU; `growth` rows set kvmd, and the floor, beside themselves; a run has at "
+            f"least {_CONVERSIONS} conversions after its first round, which is left out"
         ),
         "the C floor never merges memslots, so it ends where they are used up: 32764 here, two for each page",
     ]

@@ -47,7 +47,7 @@ class Load:
     rounds: int = 17
     memory: int | None = None
     protection: str = "emulated"
-    tripwire: str = "auto"
+    tripwire: Literal["auto", "attribute", "guest_memfd", "hole"] = "auto"
 
     @property
     def memory_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""What a benchmark takes from the source tree that kvmd runs from: C programs, and benchmarks that need the tests' guests.
+"""What a benchmark takes from the source tree that kvmd runs from: C programs, and what needs the tests' guests.
 
 An installed kvmd has none of it; then its own figures have nothing beside them, and a line says why.
 """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,11 +24,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _EPILOG = f"""\b
 Exit status: 0, or
   {ExitStatus.CONFIG:d}  the command line is wrong
-  {ExitStatus.HOST:d}  a benchmark cannot run here, and a line on stderr says why; `all` measures the others all the same
+  {ExitStatus.HOST:d}  a benchmark cannot run here: a line on stderr says why; `all` measures the others all the same
   {ExitStatus.STOPPED:d}  stopped by SIGINT (Ctrl-C)
 
-Where only what stands beside kvmd is missing (a C compiler, QEMU), kvmd's own figures are there, `missing` and a line on
-stderr say what is not, and the status is 0.
+Where only what stands beside kvmd is missing (a C compiler, QEMU), kvmd's own figures are there, `missing` and a line
+on stderr say what is not, and the status is 0.
 """
 
 
@@ -109,7 +110,7 @@ def _command(name: str) -> click.Command:
 def _all(*, quick: bool, large: bool, as_json_: bool, output: Path | None) -> int:
     """Run every benchmark, one after the other."""
     options = Options(quick=quick, large=large)
-    every = {name: (lambda name=name: catalogue.run(name, options)) for name in catalogue.summaries()}
+    every = {name: partial(catalogue.run, name, options) for name in catalogue.summaries()}
     return _measure(every, as_json_=as_json_, output=output, single=False)
 
 
@@ -132,9 +133,9 @@ def conversions(
 ) -> int:
     """Measure a conversion, end to end, beside the same KVM calls in C.
 
-    The guest `pingpong` walks its pages R times, and touches each in its shared and then its private view: each touch is
-    one conversion. The first walk, which cuts memory into pages, is told apart. Without any option of its load, 1 and 4
-    vCPUs are measured.
+    The guest `pingpong` walks its pages R times, and touches each in its shared and then its private view: each touch
+    is one conversion. The first walk, which cuts memory into pages, is told apart. Without any option of its load, 1
+    and 4 vCPUs are measured.
 
     Keys of the JSON, of kvmd's own run, medians over the runs: `conversions` (after the first walk),
     `us_per_conversion` (wall time), `us_in_kvm`, `per_second`, `first_round_conversions`,
@@ -157,7 +158,7 @@ def conversions(
     )
 
 
-def _measure(measures: dict[str, Callable[[], Report]], *, as_json_: bool, output: Path | None, single: bool) -> int:
+def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, output: Path | None, single: bool) -> int:
     """Measure, print, and return the exit status."""
     if output is not None:
         # Now: nobody wants to learn at the end of a quarter of an hour that it cannot be written.
