@@ -203,10 +203,10 @@ async def _serve_plain(listener: trio.socket.SocketType) -> None:
 
 
 async def _serve_api(listener: trio.socket.SocketType) -> None:
-    await Server(_api(_Source())).serve([listener])
+    await Server(_api(Source())).serve([listener])
 
 
-def _api(source: _Source) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+def _api(source: Source) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     services = Services(fleet=cast("Fleet", source), host=HostFacts(usable=True))
     return make_app(services, AccessRules(own_uid=os.geteuid()))
 
@@ -214,25 +214,25 @@ def _api(source: _Source) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 # -- events ------------------------------------------------------------------------------------------------------------
 
 
-class _Endless:
+class Endless:
     """A stream that always has another event, like a guest that converts without a pause."""
 
     place = "0"
 
     def __init__(self) -> None:
-        self._made = 0
+        self.made = 0
 
-    def __aiter__(self) -> _Endless:
+    def __aiter__(self) -> Endless:
         return self
 
     async def __anext__(self) -> Event:
-        self._made += 1
-        if not self._made % _BURST:
+        self.made += 1
+        if not self.made % _BURST:
             await trio.lowlevel.checkpoint()
-        return Event(id=f"{self._made:010}", kind="conversion", machine="pingpong", data=_CONVERSION)
+        return Event(id=f"{self.made:010}", kind="conversion", machine="pingpong", data=_CONVERSION)
 
 
-class _Source:
+class Source:
     """As much of a fleet as is measured."""
 
     # Named when routes are made, never called.
@@ -285,11 +285,11 @@ class _Source:
         return [_CONVERSION][: limit if not since else 0]
 
     @asynccontextmanager
-    async def events(self, _name: str | None, *, last_id: str | None) -> AsyncIterator[_Endless]:
+    async def events(self, _name: str | None, *, last_id: str | None) -> AsyncIterator[Endless]:
         """Attach, as the protocol has it."""
         del last_id
         await trio.lowlevel.checkpoint()
-        yield _Endless()
+        yield Endless()
 
 
 def _events(address: Path, readers: int, stalled: int) -> float:

@@ -35,8 +35,8 @@ def measure(options: Options) -> Report:
     """Measure both in turns."""
     require_kvm()
     report = Report("post", "a machine over HTTP, from its POST to the guest's first output")
-    with tempfile.TemporaryDirectory() as name, _daemon(Path(name)) as path:
-        client = _Client(path)
+    with tempfile.TemporaryDirectory() as name, daemon(Path(name)) as path:
+        client = Client(path)
         client.first_output()  # the first one waits for the machines' parent to import everything
         things: dict[str, Callable[[], float]] = {_POST: client.first_output}
         qemu = qemu_start()
@@ -59,7 +59,8 @@ def measure(options: Options) -> Report:
 
 
 @contextmanager
-def _daemon(folder: Path) -> Iterator[Path]:
+def daemon(folder: Path) -> Iterator[Path]:
+    """Run a daemon in a folder until the block ends, its machines with it; yield the path of its API."""
     path = folder / "api"
     config = folder / "kvmd.toml"
     config.write_text(f'[api]\nsocket = "{path}"\n', encoding="utf-8")
@@ -76,7 +77,7 @@ def _daemon(folder: Path) -> Iterator[Path]:
             process.stderr.read()
 
 
-class _Client:
+class Client:
     """One after the other, machines from their beginning to their end."""
 
     def __init__(self, path: Path) -> None:
@@ -84,8 +85,14 @@ class _Client:
         self._numbers = count()
         self.created: list[float] = []
 
-    def first_output(self) -> float:
-        """Return the milliseconds from a machine's POST to its guest's first output."""
+    def create_idle(self, name: str) -> int:
+        """Create a machine that is not started, and return its process's id."""
+        with self._connected() as connection:
+            answer = _ask(connection, "POST", "/v1/machines", {"image": "builtin:hello", "name": name})
+        return int(json.loads(answer)["pid"])
+
+    def first_output(self, then: Callable[[], None] | None = None) -> float:
+        """Return the milliseconds from a machine's POST to its guest's first output; call ``then`` at that moment."""
         name = f"post-{next(self._numbers)}"
         machine = f"/v1/machines/{name}"
         with self._connected() as asking, self._connected() as watching:
@@ -101,6 +108,8 @@ class _Client:
                     raise CannotMeasure(f"the console ended after {seen!r}")
                 seen += more
             passed = (time.perf_counter() - began) * 1000
+            if then is not None:
+                then()
             _ask(asking, "GET", f"{machine}/wait?state=stopped")
             _ask(asking, "DELETE", machine)
         return passed
@@ -119,7 +128,7 @@ def _request(method: str, target: str, body: object = None) -> bytes:
     return f"{method} {target} HTTP/1.1\r\nHost: kvmd\r\n{kind}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-def _ask(connection: socket.socket, method: str, target: str, body: object = None) -> None:
+def _ask(connection: socket.socket, method: str, target: str, body: object = None) -> bytes:
     connection.sendall(_request(method, target, body))
     answer = b""
     while b"\r\n\r\n" not in answer:
@@ -130,4 +139,9 @@ def _ask(connection: socket.socket, method: str, target: str, body: object = Non
     fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
     left = int(fields.get(b"content-length", 0)) - len(content)
     while left > 0:
-        left -= len(connection.recv(left))
+        more = connection.recv(left)
+        if not more:
+            raise CannotMeasure(f"{method} {target}: the daemon hung up")
+        content += more
+        left -= len(more)
+    return content

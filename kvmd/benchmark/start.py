@@ -1,6 +1,8 @@
-"""From ``python -m kvmd run builtin:hello`` to the guest's first byte of output.
+"""A machine from its creation to its guest, and what an idle one has in memory: beside QEMU's microvm.
 
-Beside it what Python itself takes to its first byte, with and without the two libraries that kvmd cannot do without.
+`warmed` is a daemon that runs already, asked over its API; `cold` one that is started for this machine, so that its
+machines' parent still imports everything; `kvmd run` has no daemon and imports everything itself. All are timed to the
+guest's first byte of output, which comes a little after its first instruction.
 """
 
 from __future__ import annotations
@@ -9,43 +11,145 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
-from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, take_turns
+from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
+from kvmd.benchmark.post import Client, daemon
+from kvmd.benchmark.qemu import first_byte, idle, need_qemu
+from kvmd.benchmark.resident import pss_mib, rss_mib
 from kvmd.benchmark.runs import require_kvm
 from kvmd.benchmark.sources import ROOT, build_folder
 
-TARGET_SECONDS = 0.5
-"""To the guest's first instruction, imports included."""
+TARGET_WARMED = 1.0
+"""What a start on a warmed daemon may take at most, in starts of QEMU."""
 
+TARGET_RUN_MS = 500.0
+"""What `kvmd run` may take at most."""
+
+_WARMED, _COLD, _RUN = "warmed daemon", "cold daemon", "kvmd run builtin:hello"
+_QEMU = "qemu -M microvm"
+_PYTHON, _LIBRARIES = "python -c print", "python -c 'import trio, structlog'"
 _KVMD = ("-m", "kvmd", "run", "builtin:hello", "--log-level", "error")
 _IMPORT_LINE = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|(\s+)(\S+)")
 _SLOWEST = 8
+_IDLE = 10
+"""Idle machines at once, whose parent's memory they share."""
+
+_SETTLE_SECONDS = 1.0
+_TURNS, _COLD_TURNS, _IDLE_TURNS = 25, 5, 5
 
 
 def measure(options: Options) -> Report:
-    """Measure the time from exec to the first byte."""
+    """Measure starts in turns, and then memory in turns."""
     require_kvm()
-    report = Report("start", "from exec to the guest's first output")
-    kvmd, python, libraries = "kvmd run builtin:hello", "python -c print", "python -c 'import trio, structlog'"
-    series = take_turns(
-        {
-            kvmd: lambda: _first_byte(_KVMD),
-            python: lambda: _first_byte(("-c", "print(1)")),
-            libraries: lambda: _first_byte(("-c", "import trio, structlog; print(1)")),
-        },
-        rounds=options.rounds(25),
-        unit="ms",
-    )
-    report.facts.append(Fact(series[kvmd], TARGET_SECONDS * 1000))
-    report.ratios += [Ratio(series[kvmd], series[python]), Ratio(series[kvmd], series[libraries])]
-    report.notes.append(
-        "the guest prints after its first instruction, so this is a little more than what the target speaks of; all "
-        "with warm caches and compiled bytecode"
-    )
-    report.notes.append("slowest imports of `kvmd run` (by itself, under -X importtime): " + ", ".join(_imports()))
+    report = Report("start", "from its creation to the guest's first output, and memory when idle")
+    try:
+        firmware: Path | None = need_qemu()
+    except CannotMeasure as error:
+        firmware = None
+        report.missing.append(str(error))
+    _measure_starts(report, firmware, options)
+    _measure_memory(report, firmware, options)
+    report.notes += [
+        (
+            "QEMU's guest is 64 KiB of firmware that prints from its reset vector; kvmd's (builtin:hello, 64 MiB) "
+            "prints after its start-up code; all with warm caches and compiled bytecode"
+        ),
+        "slowest imports of `kvmd run` (by itself, under -X importtime): " + ", ".join(_imports()),
+        (
+            f"memory: PSS counts what processes have in common with its part; one machine beside one QEMU, and each "
+            f"of {_IDLE} machines, whose processes are forks of one parent; no guest runs, QEMU's has ended "
+            "and left it paused"
+        ),
+    ]
     return report
+
+
+def _measure_starts(report: Report, firmware: Path | None, options: Options) -> None:
+    with ExitStack() as stack:
+        client = Client(stack.enter_context(daemon(_folder(stack))))
+        client.first_output()  # the first one waits for the machines' parent to import everything
+        things: dict[str, Callable[[], float]] = {_WARMED: client.first_output}
+        if firmware is not None:
+            things[_QEMU] = lambda: first_byte(firmware)
+        things |= {
+            _RUN: first_byte_of_run,
+            _PYTHON: lambda: _first_byte(("-c", "print(1)")),
+            _LIBRARIES: lambda: _first_byte(("-c", "import trio, structlog; print(1)")),
+        }
+        series = take_turns(things, rounds=options.rounds(_TURNS), unit="ms")
+        created = Series(f"{_WARMED}: of which creating", "ms", tuple(client.created[2:]))
+    cold = {_COLD: _cold_start, _RUN: first_byte_of_run}
+    if firmware is not None:
+        cold[_QEMU] = lambda: first_byte(firmware)
+    colds = take_turns(cold, rounds=options.rounds(_COLD_TURNS), unit="ms", warm_up=False)
+    report.facts += [Fact(created), Fact(series[_RUN], TARGET_RUN_MS)]
+    report.ratios += [Ratio(colds[_COLD], colds[_RUN])]
+    if firmware is not None:
+        report.ratios[:0] = [
+            Ratio(series[_WARMED], series[_QEMU], TARGET_WARMED),
+            Ratio(colds[_COLD], colds[_QEMU]),
+            Ratio(series[_RUN], series[_QEMU]),
+        ]
+    else:
+        report.facts.insert(0, Fact(series[_WARMED]))
+    report.ratios += [Ratio(series[_RUN], series[_PYTHON]), Ratio(series[_RUN], series[_LIBRARIES])]
+
+
+def _folder(stack: ExitStack) -> Path:
+    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+def _cold_start() -> float:
+    """Return milliseconds from the daemon's exec to its first machine's first output."""
+    passed: list[float] = []
+    with ExitStack() as stack:
+        began = time.perf_counter()
+        path = stack.enter_context(daemon(_folder(stack)))
+        Client(path).first_output(then=lambda: passed.append((time.perf_counter() - began) * 1000))
+    return passed[0]
+
+
+def _measure_memory(report: Report, firmware: Path | None, options: Options) -> None:
+    rows: dict[str, list[float]] = {}
+
+    def note(label: str, value: float) -> None:
+        rows.setdefault(label, []).append(value)
+
+    for _ in range(options.rounds(_IDLE_TURNS)):
+        with ExitStack() as stack:
+            client = Client(stack.enter_context(daemon(_folder(stack))))
+            pids = [client.create_idle("idle-0")]
+            time.sleep(_SETTLE_SECONDS)
+            note("one", pss_mib(pids[0]))
+            note("one, resident", rss_mib(pids[0]))
+            pids += [client.create_idle(f"idle-{number}") for number in range(1, _IDLE)]
+            time.sleep(_SETTLE_SECONDS)
+            note("many", sum(map(pss_mib, pids)) / len(pids))
+        if firmware is not None:
+            with idle(firmware) as pid:
+                time.sleep(_SETTLE_SECONDS)
+                note("qemu", pss_mib(pid))
+                note("qemu, resident", rss_mib(pid))
+            with ExitStack() as stack:
+                pids = [stack.enter_context(idle(firmware)) for _ in range(_IDLE)]
+                time.sleep(_SETTLE_SECONDS)
+                note("qemu, many", sum(map(pss_mib, pids)) / len(pids))
+    labels = {
+        "one": ("an idle machine, PSS", "qemu"),
+        "one, resident": ("an idle machine, resident", "qemu, resident"),
+        "many": (f"each of {_IDLE} idle machines, PSS", "qemu, many"),
+    }
+    for key, (label, beside) in labels.items():
+        subject = Series(label, "MiB", tuple(rows[key]))
+        if beside in rows:
+            report.ratios.append(Ratio(subject, Series(_QEMU, "MiB", tuple(rows[beside]))))
+        else:
+            report.facts.append(Fact(subject))
 
 
 def first_byte_of_run() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ _EPILOG = f"""\b
 Exit status: 0, or
   {ExitStatus.CONFIG:d}  the command line is wrong
   {ExitStatus.HOST:d}  a benchmark cannot run here: a line on stderr says why; `all` measures the others all the same
-  {ExitStatus.STOPPED:d}  stopped by SIGINT (Ctrl-C)
+  {ExitStatus.STOPPED:d}  stopped by SIGINT (Ctrl-C) or SIGTERM
 
 Where only what stands beside kvmd is missing (a C compiler, QEMU), kvmd's own figures are there, `missing` and a line
 on stderr say what is not, and the status is 0.
@@ -160,6 +161,8 @@ def conversions(
 
 def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, output: Path | None, single: bool) -> int:
     """Measure, print, and return the exit status."""
+    # As Ctrl-C: what was started is ended, machines that would outlive this process among it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if output is not None:
         # Now: nobody wants to learn at the end of a quarter of an hour that it cannot be written.
         output.parent.mkdir(parents=True, exist_ok=True)
