@@ -1,6 +1,6 @@
-"""Explicit conversions of a large range on KVM's own private memory, beside the bare ioctls in a C loop.
+"""Explicit conversions of a large range beside the bare calls in a C loop: emulated, and on KVM's own private memory.
 
-Needs a host with KVM_X86_SW_PROTECTED_VM, such as the lab (``lab/run .venv/bin/python -m bench large``).
+The latter needs a host with KVM_X86_SW_PROTECTED_VM, such as the lab (``lab/run .venv/bin/kvmd bench large``).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ from unittest import mock
 
 import trio
 
-from kvmd.benchmark.measure import CannotMeasure, Options, Report, Series, take_turns
+from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Report, Series, take_turns
 from kvmd.benchmark.runs import require_kvm
 from kvmd.benchmark.sources import build_bare
 from kvmd.conversion.changes import Change, Limits
@@ -37,6 +37,8 @@ TARGET = 1.3
 
 _CHUNK = Limits().chunk_bytes
 _LARGE = GIB
+_BARE_MODES = {"emulated": "slots", "guest-memfd": "attributes"}
+"""Protections, each with what the C program calls the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,33 +61,50 @@ def measure(options: Options) -> Report:
     require_kvm()
     size = _LARGE // 8 if options.quick else _LARGE
     report = Report("large", f"an explicit conversion of {format_size(size)}, to shared and back")
-    series = take_turns(
-        {
-            "kvmd": lambda: _guest(size, vcpus=1).both_ways,
-            "bare ioctls": lambda: _bare(size),
-        },
-        rounds=options.rounds(10),
-        unit="us",
-    )
-    report.compare(series, "bare ioctls", TARGET)
-    runs = [_guest(size, vcpus=2) for _ in range(options.rounds(5))]
-    for label, of in (("median", median), ("longest", max)):
-        waiting = Series(f"one page meanwhile, {label} wait", "us", tuple(of(run.waiting) for run in runs))
-        chunk = Series(f"one chunk, {label}", "us", tuple(of(run.chunks) for run in runs))
-        report.compare({waiting.label: waiting, chunk.label: chunk}, chunk.label, 1.0)
+    for protection in _BARE_MODES:
+        try:
+            _measure(report, size, protection, options)
+        except CannotMeasure as error:
+            report.missing.append(f"{protection}: {error}")
+    if not report.ratios and not report.facts:
+        raise CannotMeasure("; ".join(report.missing))
     report.notes.append(
         f"chunks of {format_size(_CHUNK)}; `bare` makes the same ioctls and hole punches, without a vCPU"
     )
     return report
 
 
-def _guest(size: int, *, vcpus: int) -> _Run:
+def _measure(report: Report, size: int, protection: str, options: Options) -> None:
+    """Measure one protection: both directions, then what a page waits for meanwhile."""
+    kvmd, bare = f"kvmd, {protection}", "bare calls"
+    things: dict[str, Callable[[], float]] = {kvmd: lambda: _guest(size, protection, vcpus=1).both_ways}
+    try:
+        build_bare()
+        things[bare] = lambda: _bare(size, protection)
+    except CannotMeasure as error:
+        report.missing.append(str(error))
+    series = take_turns(things, rounds=options.rounds(10), unit="us")
+    report.compare(series, bare, TARGET)
+    for name, measured in series.items():
+        label = name if name == kvmd else f"{bare}, {protection}"
+        rates = tuple(2 * size / GIB / (us / 1e6) for us in measured.values)
+        report.facts.append(Fact(Series(label, "GiB/s", rates)))
+        report.figures[f"{protection}{'_bare' if name == bare else ''}_gib_per_second"] = median(rates)
+    runs = [_guest(size, protection, vcpus=2) for _ in range(options.rounds(5))]
+    for label, of in (("median", median), ("longest", max)):
+        waits = f"one page meanwhile, {label} wait, {protection}"
+        waiting = Series(waits, "us", tuple(of(run.waiting) for run in runs))
+        chunk = Series(f"one chunk, {label}", "us", tuple(of(run.chunks) for run in runs))
+        report.compare({waiting.label: waiting, chunk.label: chunk}, chunk.label, 1.0)
+
+
+def _guest(size: int, protection: str, *, vcpus: int) -> _Run:
     spec = MachineSpec(
         image=GUESTS["large"].path,
         vcpus=vcpus,
         memory=size + 64 * MIB,
         arguments=(size // MIB, 3),
-        protection="guest-memfd",
+        protection=protection,
     )
     try:
         machine = Machine.open(spec)
@@ -132,8 +151,8 @@ def _bare_program() -> str:
     return str(build_bare())
 
 
-def _bare(size: int) -> float:
-    command = [_bare_program(), str(size // MIB), "2", str(_CHUNK // MIB)]
+def _bare(size: int, protection: str) -> float:
+    command = [_bare_program(), _BARE_MODES[protection], str(size // MIB), "2", str(_CHUNK // MIB)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if done.returncode:
         raise CannotMeasure(done.stderr.strip())

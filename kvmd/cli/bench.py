@@ -179,7 +179,7 @@ def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, ou
                 continue
         reports.append(report)
         for what in report.missing:
-            _say(f"{name}: nothing beside it: {what}")
+            _say(f"{name}: not measured: {what}")
         if not as_json_:
             print(render(report), flush=True)
     document = _document(reports, failed, single=single)
