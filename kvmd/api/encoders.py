@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import msgspec
 import trio
 
@@ -113,10 +111,13 @@ class OutputEvents:
 
     def farewell(self) -> bytes:
         """Return why there is no more: the machine has ended, or no more was asked for."""
-        end = None
-        with suppress(UnknownMachine):
+        data: dict[str, object] = {"machine": self._name, "ended": True}
+        try:
             end = self._fleet.machine(self._name).end
-        data: dict[str, object] = {"machine": self._name, "ended": end is not None}
+        except UnknownMachine:
+            end = None  # it was deleted, and had ended before
+        else:
+            data["ended"] = end is not None
         if end is not None:
             data.update(reason=end.reason, message=end.message, status=end.status, signal=end.signal)
         return b"id: %d\nevent: end\ndata: %b\n\n" % (self._place, msgspec.json.encode(data))

@@ -614,6 +614,18 @@ async def test_output_that_ends_with_the_daemon_or_with_what_there_is_does_not_s
         assert await client.data() == b""
 
 
+async def test_output_of_a_machine_that_is_deleted_meanwhile_has_ended(one: Serving) -> None:
+    async with one.connect() as client:
+        await client.begin("GET", "/v1/machines/one/console/output", headers={"accept": "text/event-stream"})
+        await client.head()
+        await client.until(b"retry:")
+        guest = one.fleet.guest("one")
+        guest.end()
+        one.fleet._guests.clear()
+        (end,) = await next_events(client, 1)
+        assert (end["event"], end["data"]) == ("end", {"machine": "one", "ended": True})
+
+
 async def test_silent_output_is_kept_alive(one: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvmd.api.streams.KEEP_ALIVE_SECONDS", 0.01)
     async with one.connect() as client:

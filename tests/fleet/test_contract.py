@@ -391,12 +391,6 @@ async def test_output_is_read_from_any_place_and_to_what_there_is(site: Site, en
             assert not any(part.dropped for part in parts)
         async with fleet.log_output("guest", follow=False) as log:
             assert all(part.data for part in [part async for part in log])
-        if not ended:
-            async with fleet.console_output("guest", start=10**15) as output:
-                await type_and_wait(fleet, "guest", b"z")
-                async for part in output:
-                    assert part.data.startswith(b"z")
-                    break
 
 
 async def test_the_last_conversion_and_what_is_hottest(site: Site) -> None:
