@@ -39,6 +39,7 @@ TARGET = 2.0
 """What a small GET may cost at most, in echoes."""
 
 _ECHO = "h11 echo"
+_ALONE = "a GET, no reader"
 _STALLED = "10 readers, 1 more stalled"
 _GET = b"GET %b HTTP/1.1\r\nHost: kvmd\r\n\r\n"
 _ONE = "/v1/machines/pingpong"
@@ -59,6 +60,7 @@ _BODY = b"x" * 700
 _REQUESTS = 300
 """In one round: some 100 milliseconds."""
 
+_REQUESTS_AMONG_READERS = 30
 _STREAM_SECONDS = 1.0
 _BURST = 64
 """Events that come without a pause, as a batch of a machine's ring does."""
@@ -107,16 +109,31 @@ def measure(options: Options) -> Report:
             rounds=options.rounds(5),
             unit="events/s",
         )
+        latencies = take_turns(
+            {
+                label: partial(_latency, address, readers, stalled)
+                for label, readers, stalled in (
+                    (_ALONE, 0, 0),
+                    ("a GET, 1 reader", 1, 0),
+                    ("a GET, 10 readers", 10, 0),
+                    (f"a GET, {_STALLED}", 10, 1),
+                )
+            },
+            rounds=options.rounds(10),
+            unit="us",
+        )
     echo = gets.pop(_ECHO)
     for label, series in gets.items():
         report.ratios.append(Ratio(series, echo, TARGET if label in _TARGETS else None))
     # Readers beside readers with a stalled one: above 1, the stalled one costs the others something.
     report.ratios.append(Ratio(streams["10 readers"], streams[_STALLED]))
     report.facts.extend(Fact(series) for series in streams.values())
+    report.compare(latencies, _ALONE)
     report.notes.append(
         f"GETs: {_REQUESTS} a round on one kept connection, over a fleet in memory: of a real one counters, map and "
         "conversions ask the machine's process besides. Events: what all readers together get of streams that "
-        "always have another one; who reads nothing fills its socket's buffer and then costs nothing"
+        "always have another one; who reads nothing fills its socket's buffer and then costs nothing. "
+        "A GET with readers: while these streams go on in the same loop"
     )
     return report
 
@@ -124,15 +141,51 @@ def measure(options: Options) -> Report:
 # -- GETs --------------------------------------------------------------------------------------------------------------
 
 
-def _round(address: Path, path: bytes) -> float:
+def _round(address: Path, path: bytes, requests: int = _REQUESTS) -> float:
     """Return microseconds for one request."""
     request = _GET % path
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(address))
-        _ask(connection, request, 20)
+        _ask(connection, request, requests // 15)
         started_ns = time.perf_counter_ns()
-        _ask(connection, request, _REQUESTS)
-        return (time.perf_counter_ns() - started_ns) / 1000 / _REQUESTS
+        _ask(connection, request, requests)
+        return (time.perf_counter_ns() - started_ns) / 1000 / requests
+
+
+def _latency(address: Path, readers: int, stalled: int) -> float:
+    """Return microseconds for one request while a process reads streams, the stalled ones of which it never reads."""
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(readable)
+            _read_streams(address, readers, stalled, writable)
+        finally:
+            os._exit(1)
+    os.close(writable)
+    try:
+        if not os.read(readable, 1):
+            raise RuntimeError("the streams' reader did not begin")
+        time.sleep(_STREAM_SECONDS / 5)  # the server has seen by then that the one before has gone
+        return _round(address, _TARGETS["GET /v1/machines, one there"], _REQUESTS_AMONG_READERS)
+    finally:
+        os.close(readable)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _read_streams(address: Path, readers: int, stalled: int, begun: int) -> None:
+    connections = [socket.socket(socket.AF_UNIX) for _ in range(readers + stalled)]
+    with selectors.DefaultSelector() as reading:
+        for number, connection in enumerate(connections):
+            connection.connect(str(address))
+            connection.sendall(_GET % b"/v1/events")
+            if number < readers:
+                reading.register(connection, selectors.EVENT_READ)
+        os.write(begun, b"!")
+        while True:
+            for key, _ in reading.select():
+                os.read(key.fd, 1 << 18)
 
 
 def _ask(connection: socket.socket, request: bytes, times: int) -> None:

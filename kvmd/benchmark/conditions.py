@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvmd import __version__
@@ -39,7 +40,7 @@ class Conditions:
         }
 
 
-def in_words(conditions: dict[str, object]) -> str:
+def in_words(conditions: Mapping[str, object]) -> str:
     """Return one line."""
     built = "optimised" if conditions["python_optimised"] else "not built with profile-guided optimisation"
     return (

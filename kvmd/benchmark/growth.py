@@ -10,42 +10,56 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from kvmd.benchmark.measure import CannotMeasure, Options, Ratio, Report, Series, take_turns
+from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
 from kvmd.benchmark.runs import Load, run_floor, run_kvmd
-from kvmd.units import GIB, MIB, format_size
+from kvmd.units import GIB, format_size
 
 TARGET = 1.2
 """What a conversion may cost in much memory, or among many pages, beside little or few."""
 
 _VCPUS = (1, 2, 4, 16)
-_PAGES = (1, 16, 256, 4096)
+_PAGES = (1, 16, 256)
+"""Of each vCPU; and as many as make ``_MANY`` together."""
+
+_MANY = 4096
+_MANY_QUICK = 512
 _CONVERSIONS = 512
 """In a run, at least, after its first round."""
 
-_MOST = 20_000
-"""In a run, but with ``large``: more take minutes."""
-
-_TURNS = {"grid": 7, "memory": 20, "pages": 7}
+_TURNS = 5
+_MEMORY_TURNS = 20
 
 
 def measure(options: Options) -> Report:
-    """Measure the growth with memory and with pages, and then each cell of vCPUs and pages."""
+    """Measure the growth with memory, and then each cell of vCPUs and pages."""
     report = Report("growth", "cost by vCPUs, pages and memory")
-    _compare(report, "memory", [Load(rounds=9), Load(rounds=9, memory=4 * GIB)], options)
-    for vcpus in (1, 4):
-        fewer = 4096 // vcpus
-        _compare(report, "pages", [Load(vcpus=vcpus, rounds=9), Load(vcpus=vcpus, rounds=2, pages=fewer)], options)
+    small, large = Load(rounds=9), Load(rounds=9, memory=4 * GIB)
+    things: dict[str, Callable[[], float]] = {"kvmd small": partial(_kvmd, small), "kvmd large": partial(_kvmd, large)}
+    things |= _of_floor({"floor small": small, "floor large": large}, report)
+    columns = take_turns(things, rounds=options.rounds(_MEMORY_TURNS), unit="us")
+    for who, target in (("kvmd", TARGET), ("floor", None)):
+        if f"{who} small" in columns and f"{who} large" in columns:
+            subject = _named(columns[f"{who} large"], f"{who}, 1 vCPU, {format_size(large.memory_bytes)}")
+            report.ratios.append(
+                Ratio(subject, _named(columns[f"{who} small"], format_size(small.memory_bytes)), target)
+            )
     for vcpus in _VCPUS:
-        for pages in _PAGES:
-            _measure_cell(report, load_of(vcpus, pages), options)
+        _measure_pages(report, vcpus, options)
     report.notes += [
-        (
-            "pages are those of each vCPU; `growth` rows set kvmd, and the floor, beside themselves; a run has at "
-            f"least {_CONVERSIONS} conversions after its first round, which is left out"
-        ),
+        "pages are those of each vCPU, and all have been converted before; the first walk over them is left out",
+        "kvmd, and the floor, stand beside themselves with 16 pages or 64 MiB: what grows is slots and intervals",
         "the C floor never merges memslots, so it ends where they are used up: 32764 here, two for each page",
     ]
+    if not options.large:
+        report.notes.append(f"--large measures {_MANY} pages of each of several vCPUs, too, which takes minutes")
     return report
+
+
+def pages_of(vcpus: int, options: Options) -> list[int]:
+    """Return the numbers of pages that are measured with so many vCPUs, ascending."""
+    many = _MANY_QUICK if options.quick else _MANY
+    pages = {pages for pages in _PAGES if pages * vcpus <= many} | {many // vcpus}
+    return sorted(pages | ({_MANY} if options.large else set()))
 
 
 def load_of(vcpus: int, pages: int) -> Load:
@@ -53,42 +67,29 @@ def load_of(vcpus: int, pages: int) -> Load:
     return Load(vcpus=vcpus, pages=pages, rounds=1 + max(1, _CONVERSIONS // (2 * vcpus * pages)))
 
 
-def _compare(report: Report, what: str, loads: list[Load], options: Options) -> None:
-    small, large = loads
-    columns = take_turns(
-        {
-            "kvmd small": partial(_kvmd, small),
-            "kvmd large": partial(_kvmd, large),
-            **_of_floor({"floor small": small, "floor large": large}, report),
-        },
-        rounds=options.rounds(_TURNS[what]),
-        unit="us",
-    )
+def _measure_pages(report: Report, vcpus: int, options: Options) -> None:
+    """Measure a row of cells: all of them take turns."""
+    loads = {pages: load_of(vcpus, pages) for pages in pages_of(vcpus, options)}
+    things: dict[str, Callable[[], float]] = {}
+    for load in loads.values():
+        things[f"kvmd, {_words(load)}"] = partial(_kvmd, load)
+        things |= _of_floor({f"floor, {_words(load)}": load}, report)
+    series = take_turns(things, rounds=options.rounds(_TURNS), unit="us")
+    for load in loads.values():
+        subject, beside = series[f"kvmd, {_words(load)}"], series.get(f"floor, {_words(load)}")
+        if beside is None:
+            report.facts.append(Fact(subject))
+        else:
+            report.ratios.append(Ratio(subject, _named(beside, "floor, service")))
+    few, many = loads[16], loads[max(loads)]
     for who, target in (("kvmd", TARGET), ("floor", None)):
-        if f"{who} small" in columns and f"{who} large" in columns:
-            subject = _named(columns[f"{who} large"], f"growth, {who}, {_words(what, large)}")
-            report.ratios.append(Ratio(subject, _named(columns[f"{who} small"], _words(what, small)), target))
+        if f"{who}, {_words(many)}" in series and f"{who}, {_words(few)}" in series:
+            beside = _named(series[f"{who}, {_words(few)}"], "16 pages")
+            report.ratios.append(Ratio(series[f"{who}, {_words(many)}"], beside, target))
 
 
-def _words(what: str, load: Load) -> str:
-    if what == "memory":
-        return format_size(load.memory or 64 * MIB)
-    return f"{load.pages} pages, {load.vcpus} vCPU{'s' if load.vcpus > 1 else ''}"
-
-
-def _measure_cell(report: Report, load: Load, options: Options) -> None:
-    label = _words("pages", load)
-    if load.conversions > _MOST and not options.large:
-        report.missing.append(f"{label}: {load.conversions} conversions a run take minutes: --large has it")
-        return
-    things: dict[str, Callable[[], float]] = {f"kvmd, {label}": partial(_kvmd, load)}
-    things |= _of_floor({"floor, service": load}, report)
-    try:
-        series = take_turns(things, rounds=options.rounds(_TURNS["grid"]), unit="us", warm_up=load.conversions < _MOST)
-    except CannotMeasure as error:
-        report.missing.append(f"{label}: {error}")
-        return
-    report.compare(series, "floor, service")
+def _words(load: Load) -> str:
+    return f"{load.vcpus} vCPU{'s' if load.vcpus > 1 else ''}, {load.pages} page{'s' if load.pages > 1 else ''}"
 
 
 def _of_floor(loads: dict[str, Load], report: Report) -> dict[str, Callable[[], float]]:
@@ -98,7 +99,7 @@ def _of_floor(loads: dict[str, Load], report: Report) -> dict[str, Callable[[], 
         try:
             run_floor(replace(load, rounds=2), "service")
         except CannotMeasure as error:
-            report.missing.append(f"{label}, {_words('pages', load)}: {error}")
+            report.missing.append(f"{label}: {error}")
         else:
             able[label] = partial(_floor, load)
     return able

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from kvmd.benchmark.conditions import in_words
-from kvmd.benchmark.measure import Fact, Ratio, Report, Series, middle
+from kvmd.benchmark.measure import Report, Series, middle
 
 _SIGNIFICANT = 3
 _RATIO_HEAD = ("measured", "median", "beside", "median", "ratio", "middle half", "min", "max", "rounds", "target")
@@ -14,15 +15,20 @@ _FACT_HEAD = ("measured", "median", "middle half", "min", "max", "rounds", "targ
 
 
 def render(report: Report) -> str:
-    """Return the report as text."""
-    parts = [f"## {report.name}: {report.title}"]
-    if report.ratios:
-        parts.append(_table(_RATIO_HEAD, [_ratio_row(ratio) for ratio in report.ratios]))
-    if report.facts:
-        parts.append(_table(_FACT_HEAD, [_fact_row(fact) for fact in report.facts]))
-    notes = [*report.notes, *(f"not measured: {what}" for what in report.missing)]
-    if report.conditions:
-        notes.append(in_words(report.conditions))
+    """Return the report as text, with its title."""
+    return f"## {report.name}: {report.title}\n\n{as_text(as_json(report))}"
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """Return what ``as_json`` made as Markdown, without a title."""
+    parts = []
+    if report["ratios"]:
+        parts.append(_table(_RATIO_HEAD, [_ratio_row(ratio) for ratio in report["ratios"]]))
+    if report["facts"]:
+        parts.append(_table(_FACT_HEAD, [_fact_row(fact) for fact in report["facts"]]))
+    notes = [*report["notes"], *(f"not measured: {what}" for what in report["missing"])]
+    if report["conditions"]:
+        notes.append(in_words(report["conditions"]))
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
@@ -65,31 +71,31 @@ def _series_json(series: Series) -> dict[str, object]:
     return {"label": series.label, "unit": series.unit, **spread(series.values), "values": list(series.values)}
 
 
-def _ratio_row(ratio: Ratio) -> list[str]:
+def _ratio_row(row: Mapping[str, Any]) -> list[str]:
+    subject, beside, ratio = row["subject"], row["beside"], row["ratio"]
     return [
-        ratio.subject.label,
-        _value(ratio.subject.median, ratio.subject.unit),
-        ratio.beside.label,
-        _value(ratio.beside.median, ratio.beside.unit),
-        f"**{ratio.median:.2f}**",
-        "{:.2f} to {:.2f}".format(*ratio.middle),
-        f"{min(ratio.ratios):.2f}",
-        f"{max(ratio.ratios):.2f}",
-        str(len(ratio.ratios)),
-        _target(ratio.median, ratio.target, ""),
+        subject["label"],
+        _value(subject["median"], subject["unit"]),
+        beside["label"],
+        _value(beside["median"], beside["unit"]),
+        f"**{ratio['median']:.2f}**",
+        "{:.2f} to {:.2f}".format(*ratio["quartiles"]),
+        f"{ratio['min']:.2f}",
+        f"{ratio['max']:.2f}",
+        str(ratio["rounds"]),
+        _target(ratio["median"], row["target"], ""),
     ]
 
 
-def _fact_row(fact: Fact) -> list[str]:
-    series = fact.series
+def _fact_row(row: Mapping[str, Any]) -> list[str]:
     return [
-        series.label,
-        f"**{_value(series.median, series.unit)}**",
-        " to ".join(_value(value, "") for value in series.middle),
-        _value(min(series.values), series.unit),
-        _value(max(series.values), series.unit),
-        str(len(series.values)),
-        _target(series.median, fact.target, series.unit),
+        row["label"],
+        f"**{_value(row['median'], row['unit'])}**",
+        " to ".join(_value(value, "") for value in row["quartiles"]),
+        _value(row["min"], row["unit"]),
+        _value(row["max"], row["unit"]),
+        str(row["rounds"]),
+        _target(row["median"], row["target"], row["unit"]),
     ]
 
 
