@@ -16,6 +16,7 @@ import click
 from kvmd.benchmark import catalogue
 from kvmd.benchmark.measure import CannotMeasure, Options, Report
 from kvmd.benchmark.tables import as_json, render
+from kvmd.errors import ConfigError
 from kvmd.lazy_group import LazyGroup
 from kvmd.options import parse_size_option
 from kvmd.stop import ExitStatus
@@ -160,13 +161,34 @@ def conversions(
 
 
 def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, output: Path | None, single: bool) -> int:
-    """Measure, print, and return the exit status."""
-    # As Ctrl-C: what was started is ended, machines that would outlive this process among it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Measure, print, and return the exit status.
+
+    Raises:
+        ConfigError: the output cannot be written.
+    """
     if output is not None:
         # Now: nobody wants to learn at the end of a quarter of an hour that it cannot be written.
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("", encoding="utf-8")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.touch()
+        except OSError as error:
+            raise ConfigError(f"{output} cannot be written: {error.strerror}: choose another --output") from error
+    # As Ctrl-C: what was started is ended, machines that would outlive this process among it.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        reports, failed = _run(measures, as_json_=as_json_)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    document = _document(reports, failed, single=single)
+    if output is not None:
+        output.write_text(document, encoding="utf-8")
+    if as_json_ and (reports or not single):
+        print(document, end="")
+    return ExitStatus.HOST if failed else 0
+
+
+def _run(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool) -> tuple[list[Report], dict[str, str]]:
+    """Measure one after the other; return what was found, and why of others nothing was."""
     reports: list[Report] = []
     failed: dict[str, str] = {}
     for place, (name, measure) in enumerate(measures.items(), 1):
@@ -182,12 +204,7 @@ def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, ou
             _say(f"{name}: not measured: {what}")
         if not as_json_:
             print(render(report), flush=True)
-    document = _document(reports, failed, single=single)
-    if output is not None:
-        output.write_text(document, encoding="utf-8")
-    if as_json_ and (reports or not single):
-        print(document, end="")
-    return ExitStatus.HOST if failed else 0
+    return reports, failed
 
 
 def _document(reports: Sequence[Report], failed: dict[str, str], *, single: bool) -> str:
