@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format guests bench lab-test lock clean
+.PHONY: help demo test check format guests bench bench-page lab-test lock clean
 
 help: ## Show what there is to make
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Built aside and stamped last, so that an interrupted set-up is done again and a finished one is not.
 $(READY): requirements/dev.txt pyproject.toml
@@ -42,6 +42,9 @@ guests: ## Rebuild the payload guests with the GNU toolchain
 
 bench: $(READY) ## Measure, as ratios in one run (build/bench/results.json)
 	$(BIN)/kvmd bench all --output build/bench/results.json $(BENCH_ARGS)
+
+bench-page: $(READY) ## Put the tables of the last `make bench` into docs/performance.md
+	$(BIN)/python -m kvmd.benchmark.page build/bench/results.json docs/performance.md
 
 lock: ## Pin all dependencies again
 	$(PYTHON) -m venv $(VENV)-lock

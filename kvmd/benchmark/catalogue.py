@@ -29,12 +29,19 @@ SUMMARIES = {
 }
 """Benchmarks with one line each, in the order of `kvmd bench all`."""
 
+_APART = {"profile": "where the time of a conversion goes, by function (needs py-spy; not part of `all`)"}
+
 _IN_SOURCES = {"linux": "a Linux guest beside QEMU microvm: to init, its disk and its network (in the lab)"}
 """Those that run the tests' guests, so that only a source tree has them: ``bench/NAME.py``."""
 
 
 def summaries() -> dict[str, str]:
-    """Return all that are here."""
+    """Return all that can be asked for."""
+    return in_all() | _APART
+
+
+def in_all() -> dict[str, str]:
+    """Return what `kvmd bench all` measures."""
     return SUMMARIES | {name: what for name, what in _IN_SOURCES.items() if (PROGRAMS / f"{name}.py").exists()}
 
 
@@ -62,7 +69,7 @@ def under_conditions(measure: Callable[[], Report]) -> Report:
 
 
 def _measure_of(name: str) -> Callable[[Options], Report]:
-    if name in SUMMARIES:
+    if name in SUMMARIES or name in _APART:
         module = importlib.import_module(f"kvmd.benchmark.{name}")
     else:
         sys.path.insert(0, str(ROOT))

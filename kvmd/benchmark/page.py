@@ -3,6 +3,7 @@
 Each table stands in the page between two comments, ``<!-- tables of NAME -->`` and ``<!-- end -->``; what is between
 them is replaced. A run of the lab's has a place of its own: its results are given as ``lab=RESULTS.json``, and its
 tables go to ``<!-- tables of NAME in the lab -->``. Benchmarks that were not run keep what is there.
+What `kvmd bench all` wrote fills ``<!-- tables of targets -->`` too: every figure that has one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvmd.benchmark.tables import as_text
+from kvmd.benchmark.tables import as_text, targets
 
 _PLACE = re.compile(r"(<!-- tables of (?P<key>[a-z]+(?: in the lab)?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -56,9 +57,12 @@ def tables_of(document: Mapping[str, Any], where: str = "") -> dict[str, str]:
     """
     try:
         every = document.get("benchmarks", [document])
-        return {f"{report['name']}{where}": as_text(report) for report in every}
+        tables = {f"{report['name']}{where}": as_text(report) for report in every}
+        if "benchmarks" in document and not where:
+            tables["targets"] = targets(every)
     except (AttributeError, KeyError, TypeError) as error:
         raise PageError(f"these are no results of `kvmd bench --json`: {error!r} is missing or wrong") from error
+    return tables
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -34,6 +34,21 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def targets(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of every figure that has a target, out of what ``as_json`` made of several reports."""
+    rows: list[list[str]] = []
+    for report in reports:
+        rows += [_target_row(report["name"], row) for row in report["ratios"] if row["target"] is not None]
+        found = [_fact_row(row) for row in report["facts"] if row["target"] is not None]
+        rows += [[report["name"], *cells[:3], cells[-1]] for cells in found]
+    return _table(("benchmark", "what", "measured", "middle half", "target"), rows) + "\n"
+
+
+def _target_row(name: str, row: Mapping[str, Any]) -> list[str]:
+    cells = _ratio_row(row)
+    return [name, f"{cells[0]}, beside {cells[2]}", cells[4], cells[5], cells[-1]]
+
+
 def as_json(report: Report) -> dict[str, object]:
     """Return the report as what ``json.dumps`` takes: every round's values, and the medians."""
     return {
@@ -116,7 +131,7 @@ def _value(value: float, unit: str) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     # Labels to the left, figures to the right.
-    is_text = [column == 0 or head[column] in {"beside", "target"} for column in range(len(head))]
+    is_text = [column == 0 or head[column] in {"what", "beside", "target"} for column in range(len(head))]
     rule = [("-" * width) if text else "-" * (width - 1) + ":" for width, text in zip(widths, is_text, strict=True)]
     lines = []
     for row in (head, rule, *rows):

@@ -18,13 +18,16 @@ old
 
 Words between.
 
+<!-- tables of targets -->
+<!-- end -->
+
 <!-- tables of large in the lab -->
 <!-- end -->
 """
 
 
 def a_report(name: str) -> Report:
-    return Report(name, "title", facts=[Fact(Series("figure", "ms", (1.0, 3.0)))])
+    return Report(name, "title", facts=[Fact(Series("figure", "ms", (1.0, 3.0)), 5.0)])
 
 
 def test_a_page_is_filled_in_its_places_and_nowhere_else(tmp_path: Path) -> None:
@@ -35,7 +38,8 @@ def test_a_page_is_filled_in_its_places_and_nowhere_else(tmp_path: Path) -> None
     assert main([str(here), f"lab={lab}", str(page)]) == 0
     text = page.read_text()
     assert "old" not in text
-    assert text.count("| figure") == 2
+    assert text.count("\n| figure") == 2
+    assert text.count("\n| start     | figure") == 1
     assert text.startswith("# Title\n")
     assert "\nWords between.\n" in text
     assert main([str(here), f"lab={lab}", str(page)]) == 0
@@ -60,4 +64,4 @@ def test_something_else_than_results_is_refused(tmp_path: Path, capsys: pytest.C
 
 def test_the_real_page_has_a_place_for_every_benchmark() -> None:
     page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
-    fill(page, dict.fromkeys([*SUMMARIES, "large in the lab"], ""))
+    fill(page, dict.fromkeys([*SUMMARIES, "profile", "targets", "large in the lab"], ""))
