@@ -167,8 +167,9 @@ async def _converting(count: int) -> AsyncIterator[tuple[LocalFleet, list[str]]]
             try:
                 for name in names:
                     await fleet.create(msgspec.structs.replace(spec, name=name), owner_uid=0)
-                for name in names:
-                    await fleet.start(name)
+                async with trio.open_nursery() as nursery:
+                    for name in names:
+                        nursery.start_soon(fleet.start, name)
                 yield fleet, names
             finally:
                 _kill_all(fleet)

@@ -173,8 +173,8 @@ def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, ou
             output.touch()
         except OSError as error:
             raise ConfigError(f"{output} cannot be written: {error.strerror}: choose another --output") from error
-    # As Ctrl-C: what was started is ended, machines that would outlive this process among it.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As Ctrl-C, which trio takes in order: what was started is ended, machines that would outlive this process too.
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         reports, failed = _run(measures, as_json_=as_json_)
     finally:

@@ -1,10 +1,12 @@
 """`kvmd bench`: its arguments, what it prints, and its failure lines. Nothing here is timed."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
 import pytest
+import trio
 
 from kvmd.benchmark import catalogue, qemu, sources
 from kvmd.benchmark.catalogue import SUMMARIES
@@ -97,11 +99,18 @@ def test_sigterm_ends_what_was_started_as_ctrl_c_does(monkeypatch: pytest.Monkey
     before = signal.getsignal(signal.SIGTERM)
     ended = []
 
-    def terminated(*_: object) -> Report:
+    async def forever() -> None:
+        # While the loop is asleep, which is when an exception out of nowhere would leave everything as it is.
+        trio.lowlevel.current_trio_token().run_sync_soon(os.kill, os.getpid(), signal.SIGTERM)
         try:
-            signal.raise_signal(signal.SIGTERM)
+            await trio.sleep_forever()
         finally:
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()
             ended.append(True)
+
+    def terminated(*_: object) -> Report:
+        trio.run(forever)
         pytest.fail("it went on")
 
     monkeypatch.setattr(catalogue, "run", terminated)
