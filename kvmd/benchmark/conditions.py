@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sysconfig
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,14 +21,17 @@ class Conditions:
     def __init__(self) -> None:
         self._before = os.getloadavg()[0]
         self._times = _cpu_times()
+        self._began = time.monotonic()
 
     def as_json(self) -> dict[str, object]:
         """Return what holds now and held since, as what ``json.dumps`` takes.
 
-        ``load_before`` and ``load_after`` are averages of a minute, ``stolen_percent`` of all CPU time since.
+        ``seconds`` is the time since, ``load_before`` and ``load_after`` are averages of a minute, ``stolen_percent``
+        is of all CPU time since.
         """
         passed = [now - before for now, before in zip(_cpu_times(), self._times, strict=True)]
         return {
+            "seconds": round(time.monotonic() - self._began, 1),
             "kvmd": __version__,
             "cpus": os.cpu_count(),
             "usable_cpus": len(os.sched_getaffinity(0)),
@@ -44,8 +48,8 @@ def in_words(conditions: Mapping[str, object]) -> str:
     """Return one line."""
     built = "optimised" if conditions["python_optimised"] else "not built with profile-guided optimisation"
     return (
-        f"{conditions['usable_cpus']} of {conditions['cpus']} CPUs, Linux {conditions['kernel']}, load average "
-        f"{conditions['load_before']} to {conditions['load_after']}, {conditions['stolen_percent']} % of CPU time "
+        f"{conditions['seconds']} s; {conditions['usable_cpus']} of {conditions['cpus']} CPUs, "
+        f"Linux {conditions['kernel']}, load average {conditions['load_before']} to {conditions['load_after']}, {conditions['stolen_percent']} % of CPU time "
         f"stolen; Python {conditions['python']} ({built})"
     )
 

@@ -93,6 +93,7 @@ def test_a_table_says_whether_a_target_is_met() -> None:
 def test_conditions_name_the_load_the_stolen_time_and_the_python() -> None:
     conditions = Conditions().as_json()
     assert isinstance(conditions["load_before"], float)
+    assert isinstance(conditions["seconds"], float)
     assert isinstance(conditions["python_optimised"], bool)
     words = in_words({**conditions, "stolen_percent": 12.5, "python_optimised": False})
     assert "12.5 % of CPU time stolen" in words
