@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import Counters, MachineEnd, MachineInfo, MachineState
 from kvmd.guests import GUESTS
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, VCPU_LIMIT, MachineSpec
+from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, TASKS_LIMIT, VCPU_LIMIT, MachineSpec
 
 NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
 """The names that ``kvmd.spec`` allows."""
@@ -51,6 +51,18 @@ class ConversionRequest(Request):
     implicit: Literal["allow", "keep-explicit", "deny"] | None = None
 
 
+class LimitsRequest(Request):
+    """What the machine's process may take of the host; see config/limits.toml."""
+
+    memory: Size | None = Field(default=None, description="in total, guest memory included; at least 64M")
+    cpus: Annotated[float, Field(gt=0, le=VCPU_LIMIT)] | None = Field(
+        default=None, description="processors, such as 1.5"
+    )
+    tasks: Annotated[int, Field(ge=1, le=TASKS_LIMIT)] | None = Field(
+        default=None, description="threads; at least 16 more than vCPUs"
+    )
+
+
 class MachineRequest(Request):
     """A machine to create: what the TOML file of `kvmd run` says."""
 
@@ -68,6 +80,7 @@ class MachineRequest(Request):
     cpl: Literal[0, 3] | None = None
     arguments: Annotated[list[U64], Field(max_length=ARGUMENT_LIMIT)] | None = None
     conversion: ConversionRequest | None = None
+    limits: LimitsRequest | None = None
 
     def document(self) -> dict[str, object]:
         """Return it as ``kvmd.spec.spec_of`` wants it."""
@@ -83,6 +96,14 @@ class ConversionBounds(Answer):
     implicit: str
 
 
+class Limits(Answer):
+    """What the machine's process may take of the host; null for no limit."""
+
+    memory: int | None = Field(description="bytes, guest memory included")
+    cpus: float | None
+    tasks: int | None
+
+
 class Spec(Answer):
     """What a machine is made of; sizes in bytes."""
 
@@ -96,6 +117,7 @@ class Spec(Answer):
     cpl: int
     arguments: list[int]
     conversion: ConversionBounds
+    limits: Limits
 
     @classmethod
     def of(cls, spec: MachineSpec) -> Spec:
@@ -117,13 +139,14 @@ class Spec(Answer):
                 max_ranges=bounds.max_ranges,
                 implicit=bounds.implicit,
             ),
+            limits=Limits.model_construct(memory=spec.limits.memory, cpus=spec.limits.cpus, tasks=spec.limits.tasks),
         )
 
 
 class End(Answer):
     """How a machine ended."""
 
-    reason: str = Field(examples=["guest-exit", "process-died"])
+    reason: str = Field(examples=["guest-exit", "process-died", "out-of-memory"])
     message: str
     status: int = Field(description="exit status, 0 to 255")
     signal: int | None = Field(description="that ended the process")
