@@ -79,9 +79,11 @@ class PoolPlan:
         self._busy.add(number)
         self._ill.add(number)
 
-    def use(self, number: int) -> None:
-        """Note a unit that something else is in."""
+    def use(self, number: int) -> bool:
+        """Note a unit that something else is in; False where that was known."""
+        known = number in self._busy
         self._busy.add(number)
+        return not known
 
     def free(self, number: int) -> None:
         """Note that a unit has ended."""

@@ -71,10 +71,12 @@ class UnitPool:
         """
         listener = _listen(self._path)
         try:
-            for number in await self._taken():
-                self._plan.use(number)
+            strangers = {number for number in await self._taken() if self._plan.use(number)}
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                for number in strangers:
+                    # Most likely processes that waited for the daemon before this one.
+                    nursery.start_soon(self._clear, number)
                 nursery.start_soon(self._accept, listener, nursery)
                 nursery.start_soon(self._keep, nursery)
                 task_status.started()
@@ -194,7 +196,9 @@ class UnitPool:
 
     async def _clear(self, number: int) -> None:
         try:
-            await self._units.clear(number)
+            if not await self._units.clear(number):
+                _log.warning("unit-goes-on", unit=unit_name(number), consequence="its number is not used again")
+                return
         except HostError as error:
             _log.error("unit-not-reset", unit=unit_name(number), problem=str(error))
         self._connected.pop(number, None)

@@ -38,7 +38,7 @@ class Units(Protocol):
     """What is asked of systemd: ``SystemdUnits``, and a fake of it in tests."""
 
     async def taken(self) -> set[int]:
-        """Return the numbers of units that run, whatever is in them."""
+        """Return the numbers of units that run or have failed, whatever is in them."""
 
     async def start(self, number: int) -> None:
         """Start a unit, and return when its process waits. Raises HostError."""
@@ -52,8 +52,8 @@ class Units(Protocol):
     async def end_of(self, unit: str, invocation: str) -> ExitFile | None:
         """Return how a unit's process ended; None while it has not, or where systemd does not know any more."""
 
-    async def clear(self, number: int) -> None:
-        """Wait until a unit has ended, and have systemd forget that it failed."""
+    async def clear(self, number: int) -> bool:
+        """Wait until a unit has ended, and have systemd forget that it failed; False where it goes on."""
 
     async def stop(self, number: int) -> None:
         """Stop a unit, whatever it does."""
@@ -70,13 +70,13 @@ class SystemdUnits:
         self._systemctl = systemctl
 
     async def taken(self) -> set[int]:
-        """Return the numbers of units that run, whatever is in them."""
+        """Return the numbers of units that run or have failed, whatever is in them."""
         done = await self._run("list-units", "--all", "--plain", "--no-legend", "--full", _PATTERN)
         found = set()
         for line in done.stdout.decode(errors="replace").splitlines():
             name, _, active, *_ = [*line.split(), "", "", ""]
             number = unit_number(name)
-            if number is not None and active not in {"inactive", "failed"}:
+            if number is not None and active != "inactive":
                 found.add(number)
         return found
 
@@ -141,8 +141,8 @@ class SystemdUnits:
             return None
         return _exit_of(shown)
 
-    async def clear(self, number: int) -> None:
-        """Wait until a unit has ended, and have systemd forget that it failed."""
+    async def clear(self, number: int) -> bool:
+        """Wait until a unit has ended, and have systemd forget that it failed; False where it goes on."""
         with trio.move_on_after(_CLEARED_SECONDS):
             wait = _LOOK_SECONDS
             while True:
@@ -153,9 +153,10 @@ class SystemdUnits:
                     if done.returncode:
                         _log.warning("unit-not-reset", unit=unit_name(number), problem=_problem(done))
                 if state in {"failed", "inactive"}:
-                    return
+                    return True
                 wait = min(2 * wait, 1.0)
                 await trio.sleep(wait)
+        return False
 
     async def stop(self, number: int) -> None:
         """Stop a unit, whatever it does."""
