@@ -63,6 +63,11 @@ class UnitPool:
         self._changed = trio.Event()
         self._nursery: trio.Nursery | None = None
 
+    @property
+    def waiting(self) -> int:
+        """Processes that wait for a machine now."""
+        return self._plan.waiting
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep processes waiting until cancelled; machines go on, those that wait end.
 
@@ -222,6 +227,9 @@ class UnitPool:
             accepted.close()
             _log.warning("unit-connection-refused", problem=str(error))
             return
+        except BaseException:
+            accepted.close()
+            raise
         number = connection.number
         self._connected[number] = connection
         self._wake()

@@ -56,8 +56,8 @@ def lacking_limits(limits: LimitsSpec, cgroup: Path, *, exactly: bool = False) -
         else:
             holds = close or (found is not None and found < wanted and not exactly)
         if not holds:
-            has = "none" if found is None else f"{found:g}"
-            lacking.append(f"limits.{key} ({file} is {has}, not {_NONE if wanted is None else format(wanted, 'g')})")
+            has = "none" if found is None else f"{found:.15g}"
+            lacking.append(f"limits.{key} ({file} is {has}, not {_NONE if wanted is None else format(wanted, '.15g')})")
     return lacking
 
 

@@ -60,7 +60,7 @@ class SystemdHost:
 
     def ask(self, method: str, target: str, body: object = None) -> Any:
         """Ask the API, which has to say yes."""
-        status, answer = ask(self.api, method, target, body)
+        status, answer = ask(self.api, method, target, body, seconds=PATIENCE_SECONDS)
         assert 200 <= status < 300, answer
         return answer
 
