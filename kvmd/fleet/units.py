@@ -1,8 +1,8 @@
 """systemd's units of machines, through ``systemctl``.
 
-Not D-Bus itself: it would be a dependency (jeepney, for example) and a protocol more, and none of these calls is in the
-way of a start, since ``kvmd.fleet.unit_pool`` keeps processes waiting; only a machine with limits waits for one. What the
-daemon may do to which unit is systemd/kvmd.rules: polkit is asked for each call that changes anything.
+Not D-Bus itself: it would be a dependency (jeepney, for example) and a protocol more, and none of these calls is in
+the way of a start, since ``kvmd.fleet.unit_pool`` keeps processes waiting; only a machine with limits waits for one.
+What the daemon may do to which unit is systemd/kvmd.rules: polkit is asked for each call that changes anything.
 """
 
 from __future__ import annotations
