@@ -58,6 +58,7 @@ class UnitPool:
         self._path = path
         self._plan = PoolPlan(spare, most_starting=max(2, 2 * (os.cpu_count() or 1)))
         self._connected: dict[int, _Connection] = {}
+        self._came: dict[int, trio.Event] = {}
         self._failed: HostError | None = None
         self._failures = 0
         self._changed = trio.Event()
@@ -178,13 +179,13 @@ class UnitPool:
             await self._changed.wait()
 
     async def _start(self, number: int) -> None:
+        came = self._came[number] = trio.Event()
         problem = f"{unit_name(number)} did not come within {_COME_SECONDS:.0f} s"
         with trio.move_on_after(_COME_SECONDS) as patience:
             try:
                 await self._units.start(number)
                 # It has said that it is ready after it connected; only our own accept may be behind.
-                while number not in self._connected:
-                    await self._changed.wait()
+                await came.wait()
             except HostError as error:
                 problem = str(error)
             else:
@@ -232,6 +233,7 @@ class UnitPool:
             raise
         number = connection.number
         self._connected[number] = connection
+        self._came[number].set()
         self._wake()
         with connection.watched:
             # It has nothing more to say: what can be read is its end.
