@@ -77,6 +77,11 @@ def test_a_machine_is_a_unit_of_its_own_with_its_limits(host: SystemdHost) -> No
     assert (cgroup / "pids.max").read_text().strip() == "32"
     assert host.shown(cgroup.name, "StatusText") == "machine limited"
     assert "echo" in until(lambda: console(host, "limited"))
+    # What its process would see that a guest has broken into.
+    seen = Path(f"/proc/{host.pid('limited')}/root")
+    assert [path.name for path in (seen / "run/kvmd").iterdir()] == ["machines.sock"]
+    for folder in ("run/dbus", "var/lib/kvmd/machines"):
+        assert list((seen / folder).iterdir()) == []
 
 
 def test_a_limit_that_the_kernel_cannot_enforce_is_refused(host: SystemdHost) -> None:
