@@ -104,13 +104,13 @@ class SystemdHost:
 
 
 def until(look: Callable[[], T]) -> T:
-    """Return what ``look`` returns, as soon as that is something; a file that is not there yet is nothing."""
+    """Return what ``look`` returns, as soon as that is something; what raises because something is not there yet is nothing."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             if found := look():
                 return found
-        except (OSError, AssertionError):
+        except (OSError, ValueError, AssertionError):
             if time.monotonic() > deadline:
                 raise
         assert time.monotonic() < deadline, "it does not come"

@@ -155,6 +155,4 @@ def test_one_command_stops_everything_in_order(host: SystemdHost) -> None:
     host.run("systemctl", "stop", "kvmd.socket", "kvmd.slice")
     assert not (CGROUP / "kvmd.slice").exists()
     assert '"reason":"operator"' in (folder / "end.json").read_text()
-    assert (
-        host.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "kvmd-machine@*", "kvmd.service") == ""
-    )
+    assert host.run("systemctl", "list-units", "--plain", "--no-legend", "kvmd-machine@*", "kvmd.service") == ""
