@@ -104,7 +104,7 @@ class SystemdHost:
 
 
 def until(look: Callable[[], T]) -> T:
-    """Return what ``look`` returns, as soon as that is something; what raises because something is not there yet is nothing."""
+    """Return what ``look`` returns, as soon as that is something; where it raises, something is not there yet."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
