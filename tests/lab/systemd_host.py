@@ -110,7 +110,7 @@ def until(look: Callable[[], T]) -> T:
         try:
             if found := look():
                 return found
-        except (OSError, ValueError, AssertionError):
+        except (OSError, LookupError, ValueError, AssertionError):
             if time.monotonic() > deadline:
                 raise
         assert time.monotonic() < deadline, "it does not come"
