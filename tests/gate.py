@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,7 @@ class Facility(enum.Enum):
     PRIVATE_MEMORY = "KVMD_TEST_PRIVATE_MEMORY"
     COMPILER = "KVMD_TEST_COMPILER"
     SOFTWARE = "KVMD_TEST_SOFTWARE"
+    SYSTEMD = "KVMD_TEST_SYSTEMD"
 
 
 class Gate(enum.Enum):
@@ -125,9 +127,24 @@ def missing_compiler() -> str | None:
     return f"linux/kvm.h cannot be compiled: {probe.stderr.strip()[:200]}" if probe.returncode else None
 
 
+@cache
+def missing_systemd() -> str | None:
+    """Return why no systemd can be booted in namespaces here, or None.
+
+    Only in the lab: whatever goes wrong there is gone with it.
+    """
+    if "virtme" not in Path("/proc/cmdline").read_text(encoding="utf-8"):
+        return "a systemd is booted in the lab only: lab/test tests/lab/test_systemd.py"
+    for program in ("/lib/systemd/systemd", "/usr/bin/dbus-daemon", "/usr/lib/polkit-1/polkitd"):
+        if not Path(program).exists():
+            return f"there is no {program}"
+    return None
+
+
 _MISSING = {
     Facility.KVM: missing_kvm,
     Facility.PRIVATE_MEMORY: missing_private_memory,
     Facility.COMPILER: missing_compiler,
     Facility.SOFTWARE: missing_emulator,
+    Facility.SYSTEMD: missing_systemd,
 }

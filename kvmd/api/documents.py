@@ -76,6 +76,7 @@ def _spec(spec: MachineSpec) -> dict[str, object]:
             "max_ranges": bounds.max_ranges,
             "implicit": bounds.implicit,
         },
+        "limits": {"memory": spec.limits.memory, "cpus": spec.limits.cpus, "tasks": spec.limits.tasks},
     }
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import MachineState
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, VCPU_LIMIT
+from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, TASKS_LIMIT, VCPU_LIMIT
 
 NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
 """The names that ``kvmd.spec`` allows."""
@@ -49,6 +49,18 @@ class ConversionRequest(Request):
     implicit: Literal["allow", "keep-explicit", "deny"] | None = None
 
 
+class LimitsRequest(Request):
+    """What the machine's process may take of the host; see config/limits.toml."""
+
+    memory: Size | None = Field(default=None, description="in total, guest memory included; at least 64M")
+    cpus: Annotated[float, Field(gt=0, le=VCPU_LIMIT)] | None = Field(
+        default=None, description="processors, such as 1.5"
+    )
+    tasks: Annotated[int, Field(ge=1, le=TASKS_LIMIT)] | None = Field(
+        default=None, description="threads; at least 16 more than vCPUs"
+    )
+
+
 class MachineRequest(Request):
     """A machine to create: what the TOML file of `kvmd run` says."""
 
@@ -66,6 +78,7 @@ class MachineRequest(Request):
     cpl: Literal[0, 3] | None = None
     arguments: Annotated[list[U64], Field(max_length=ARGUMENT_LIMIT)] | None = None
     conversion: ConversionRequest | None = None
+    limits: LimitsRequest | None = None
 
     def document(self) -> dict[str, object]:
         """Return it as ``kvmd.spec.spec_of`` wants it."""
@@ -81,6 +94,14 @@ class ConversionBounds(Answer):
     implicit: str
 
 
+class Limits(Answer):
+    """What the machine's process may take of the host; null for no limit."""
+
+    memory: int | None = Field(description="bytes, guest memory included")
+    cpus: float | None
+    tasks: int | None
+
+
 class Spec(Answer):
     """What a machine is made of; sizes in bytes."""
 
@@ -94,12 +115,13 @@ class Spec(Answer):
     cpl: int
     arguments: list[int]
     conversion: ConversionBounds
+    limits: Limits
 
 
 class End(Answer):
     """How a machine ended."""
 
-    reason: str = Field(examples=["guest-exit", "process-died"])
+    reason: str = Field(examples=["guest-exit", "process-died", "out-of-memory"])
     message: str
     status: int = Field(description="exit status, 0 to 255")
     signal: int | None = Field(description="that ended the process")

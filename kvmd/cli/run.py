@@ -12,6 +12,7 @@ import trio
 
 from kvmd import log
 from kvmd.cli.foreground import Foreground
+from kvmd.errors import ConfigError
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
 from kvmd.nonblocking import NonBlockingWriter, write_within
@@ -57,6 +58,11 @@ def run(
     is an ELF file, or one of those that kvmd brings along, such as builtin:hello; options override the file.
     """
     spec = spec_from(target, overrides)
+    if spec.limits.given:
+        raise ConfigError(
+            "limits: nothing would enforce them on a guest in the foreground: leave [limits] out and start kvmd with "
+            "`systemd-run --scope -p MemoryMax=...`, or run it as the daemon's (kvmctl run)"
+        )
     with ExitStack() as stack:
         buffer = LogBuffer(is_terminal=sys.stderr.isatty())
         # Whatever happens, what was logged last is what matters most.

@@ -13,6 +13,7 @@ import trio
 
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.spawner_link import SPAWNER
+from kvmd.fleet.unit_pool import UnitPool
 
 Serve = Callable[[LocalFleet, trio.Event], Awaitable[None]]
 """Answers clients until the event is set; then it has ``drain_seconds`` to finish what it began, and is cancelled."""
@@ -27,6 +28,7 @@ async def run_daemon(
     drain_seconds: float,
     stop_machines: bool,
     spawner: Sequence[str] = SPAWNER,
+    pool: UnitPool | None = None,
 ) -> None:
     """Run until SIGTERM or SIGINT.
 
@@ -35,7 +37,8 @@ async def run_daemon(
         serve: see ``Serve``; when it returns by itself, the daemon ends too.
         drain_seconds: how long clients, and after them machines that are stopped, have to come to an end.
         stop_machines: stop all machines at the end, instead of leaving them for the next daemon.
-        spawner: the command of the machines' parent.
+        spawner: the command of the machines' parent, where there is no ``pool``.
+        pool: starts machines in systemd units of their own.
 
     Raises:
         HostError: the state folder cannot be used, or another daemon uses it.
@@ -43,7 +46,7 @@ async def run_daemon(
     # Two descriptors a machine, and some a client.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    async with open_fleet(state, spawner=spawner) as fleet:
+    async with open_fleet(state, spawner=spawner, pool=pool) as fleet:
         _log.info("daemon-started", state=str(state), machines=len(fleet.machines()))
         ending = trio.Event()
         with trio.CancelScope() as serving:

@@ -32,6 +32,19 @@ class Reaped(msgspec.Struct, frozen=True, tag="reaped"):
     signal: int | None
 
 
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """What a process that waits for a machine says first: which kvmd it is."""
+
+    version: str
+
+
+class Become(msgspec.Struct, frozen=True, tag="become"):
+    """The answer to ``Waiting``: be this machine, in the unit of that name."""
+
+    unit: str
+    name: str
+
+
 class Birth(msgspec.Struct, frozen=True):
     """What a new process tells whoever asked for it, once.
 
