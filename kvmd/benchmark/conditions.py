@@ -49,8 +49,8 @@ def in_words(conditions: Mapping[str, object]) -> str:
     built = "optimised" if conditions["python_optimised"] else "not built with profile-guided optimisation"
     return (
         f"{conditions['seconds']} s; {conditions['usable_cpus']} of {conditions['cpus']} CPUs, "
-        f"Linux {conditions['kernel']}, load average {conditions['load_before']} to "
-        f"{conditions['load_after']}, {conditions['stolen_percent']} % of CPU time stolen; Python {conditions['python']} ({built})"
+        f"Linux {conditions['kernel']}, load average {conditions['load_before']} to {conditions['load_after']}, "
+        f"{conditions['stolen_percent']} % of CPU time stolen; Python {conditions['python']} ({built})"
     )
 
 
