@@ -12,6 +12,7 @@ import structlog
 from kvmd.benchmark.conditions import Conditions
 from kvmd.benchmark.measure import CannotMeasure, Options, Report
 from kvmd.benchmark.sources import PROGRAMS, ROOT
+from kvmd.errors import HostError, MachineSilent
 
 SUMMARIES = {
     "conversions": "a conversion, end to end, beside the same KVM calls in C",
@@ -60,12 +61,26 @@ def under_conditions(measure: Callable[[], Report]) -> Report:
     conditions = Conditions()
     try:
         report = measure()
-    except FileNotFoundError as error:
-        raise CannotMeasure(f"{error.filename} is not here: {error.strerror}") from error
+    except (FileNotFoundError, HostError, MachineSilent, BaseExceptionGroup) as error:
+        raise _unwrapped(error) from error
     finally:
         structlog.reset_defaults()
     report.conditions = conditions.as_json()
     return report
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Return what went wrong, as what it is to whoever measures."""
+    # Nurseries wrap what ends them, even where it is the only one.
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    match error:
+        case FileNotFoundError():
+            return CannotMeasure(f"{error.filename} is not here: {error.strerror}")
+        case HostError() | MachineSilent():
+            return CannotMeasure(str(error))
+        case _:
+            return error
 
 
 def _measure_of(name: str) -> Callable[[Options], Report]:

@@ -75,8 +75,16 @@ class Ratio:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """The ratio of each round."""
-        return tuple(one / other for one, other in zip(self.subject.values, self.beside.values, strict=True))
+        """The ratio of each round, but of those in which the other did nothing.
+
+        Raises:
+            CannotMeasure: it did nothing in any.
+        """
+        pairs = zip(self.subject.values, self.beside.values, strict=True)
+        ratios = tuple(one / other for one, other in pairs if other)
+        if not ratios:
+            raise CannotMeasure(f"{self.beside.label} did nothing in {len(self.beside.values)} rounds")
+        return ratios
 
     @property
     def median(self) -> float:

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -175,44 +175,60 @@ def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, ou
             raise ConfigError(f"{output} cannot be written: {error.strerror}: choose another --output") from error
     # As Ctrl-C, which trio takes in order: what was started is ended, machines that would outlive this process too.
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    results = _Results(output, single=single)
     try:
-        reports, failed = _run(measures, as_json_=as_json_)
+        _run(measures, results, as_json_=as_json_)
     finally:
         signal.signal(signal.SIGTERM, before)
-    document = _document(reports, failed, single=single)
-    if output is not None:
-        output.write_text(document, encoding="utf-8")
-    if as_json_ and (reports or not single):
-        print(document, end="")
-    return ExitStatus.HOST if failed else 0
+    if as_json_ and (results.reports or not single):
+        print(results.document(), end="")
+    return ExitStatus.HOST if results.failed else 0
 
 
-def _run(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool) -> tuple[list[Report], dict[str, str]]:
-    """Measure one after the other; return what was found, and why of others nothing was."""
-    reports: list[Report] = []
-    failed: dict[str, str] = {}
+class _Results:
+    """What was found so far; in the output too, so that an interrupted run has what it measured.
+
+    Attributes:
+        reports: of what was measured, as JSON has it.
+        failed: why others were not.
+    """
+
+    def __init__(self, output: Path | None, *, single: bool) -> None:
+        self._output = output
+        self._single = single
+        self.reports: list[dict[str, object]] = []
+        self.failed: dict[str, str] = {}
+
+    def document(self) -> str:
+        """Return all of it: of a single benchmark its report alone."""
+        document: object = {"benchmarks": self.reports, "not_measured": self.failed}
+        if self._single and self.reports:
+            document = self.reports[0]
+        return json.dumps(document, indent=1) + "\n"
+
+    def write(self) -> None:
+        """Write it to the output, where there is one."""
+        if self._output is not None:
+            self._output.write_text(self.document(), encoding="utf-8")
+
+
+def _run(measures: Mapping[str, Callable[[], Report]], results: _Results, *, as_json_: bool) -> None:
+    """Measure one after the other."""
     for place, (name, measure) in enumerate(measures.items(), 1):
         with _progress(f"{place}/{len(measures)} {name}"):
             try:
                 report = measure()
+                results.reports.append(as_json(report))
             except CannotMeasure as error:
-                failed[name] = str(error)
+                results.failed[name] = str(error)
                 _say(f"{name}: not measured: {error}")
+                results.write()
                 continue
-        reports.append(report)
+        results.write()
         for what in report.missing:
             _say(f"{name}: not measured: {what}")
         if not as_json_:
             print(render(report), flush=True)
-    return reports, failed
-
-
-def _document(reports: Sequence[Report], failed: dict[str, str], *, single: bool) -> str:
-    every = [as_json(report) for report in reports]
-    document: object = {"benchmarks": every, "not_measured": failed}
-    if single and every:
-        document = every[0]
-    return json.dumps(document, indent=1) + "\n"
 
 
 class _progress:  # noqa: N801 - reads as a statement

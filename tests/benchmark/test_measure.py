@@ -6,7 +6,17 @@ import pytest
 
 from kvmd.benchmark.conditions import Conditions, in_words
 from kvmd.benchmark.fairness import jain, least_of_most
-from kvmd.benchmark.measure import Fact, Options, Ratio, Report, Series, middle, take_turns, take_turns_together
+from kvmd.benchmark.measure import (
+    CannotMeasure,
+    Fact,
+    Options,
+    Ratio,
+    Report,
+    Series,
+    middle,
+    take_turns,
+    take_turns_together,
+)
 from kvmd.benchmark.tables import as_json, render
 
 
@@ -39,6 +49,12 @@ def test_a_ratio_is_the_median_of_the_ratios_of_neighbours() -> None:
 def test_series_of_different_length_are_no_ratio() -> None:
     with pytest.raises(ValueError, match="zip"):
         _ = Ratio(Series("a", "us", (1.0,)), Series("b", "us", (1.0, 2.0))).ratios
+
+
+def test_a_round_in_which_the_other_did_nothing_says_nothing() -> None:
+    assert Ratio(Series("a", "/s", (3.0, 4.0)), Series("b", "/s", (0.0, 2.0))).ratios == (2.0,)
+    with pytest.raises(CannotMeasure, match="b did nothing in 1 rounds"):
+        _ = Ratio(Series("a", "/s", (3.0,)), Series("b", "/s", (0.0,))).ratios
 
 
 def test_one_value_lies_in_its_own_middle() -> None:

@@ -12,6 +12,7 @@ from kvmd.benchmark import catalogue, qemu, sources
 from kvmd.benchmark.catalogue import SUMMARIES
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Report, Series
 from kvmd.cli.main import run_cli
+from kvmd.errors import HostError
 from kvmd.stop import ExitStatus
 
 
@@ -68,6 +69,38 @@ def test_all_measures_the_rest_and_says_what_it_could_not(
     assert [report["name"] for report in document["benchmarks"]] == [name for name in SUMMARIES if name != "start"]
     assert document["not_measured"] == {"start": "/dev/kvm is not there, or not accessible"}
     assert printed.out.count("| figure") == len(SUMMARIES) - 1
+
+
+def test_what_was_measured_before_an_interruption_is_in_the_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(name: str, options: Options) -> Report:
+        if name == "start":
+            raise KeyboardInterrupt
+        return fake_run(name, options)
+
+    monkeypatch.setattr(catalogue, "run", interrupted)
+    output = tmp_path / "results.json"
+    assert run_cli(["bench", "all", "--quick", "--output", str(output)]) == ExitStatus.STOPPED
+    names = list(SUMMARIES)
+    before = names[: names.index("start")]
+    assert [report["name"] for report in json.loads(output.read_text())["benchmarks"]] == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (HostError("no room"), "no room"),
+        (ExceptionGroup("", [CannotMeasure("lost")]), "lost"),
+        (FileNotFoundError(2, "No such file", "qemu"), "qemu is not here: No such file"),
+    ],
+)
+def test_what_a_host_lacks_is_no_bug(error: Exception, message: str) -> None:
+    def measure() -> Report:
+        raise error
+
+    with pytest.raises(CannotMeasure, match=message):
+        catalogue.under_conditions(measure)
 
 
 def test_json_is_all_that_is_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
