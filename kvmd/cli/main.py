@@ -25,7 +25,7 @@ COMMANDS = {
     "check": "Say what this host can do, and what it cannot.",
     "run": "Run one guest in the foreground.",
     "demo": "Run the built-in guests, and show what they converted.",
-    "bench": "Measure kvmd beside what the hardware, the kernel and its peers need for the same.",
+    "bench": "Measure kvmd beside floors and peers.",
     "daemon": "Look after machines, each a process of its own.",
     "machine-process": "Be the process of one machine of the daemon's.",
 }
