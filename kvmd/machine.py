@@ -10,7 +10,7 @@ from typing import Self
 import structlog
 import trio
 
-from kvmd.accelerator import open_hardware
+from kvmd.accelerator import open_hardware, open_linux_hardware
 from kvmd.closing import Closing
 from kvmd.conversion.changes import ImplicitPolicy, Limits
 from kvmd.conversion.ring import RecordRing
@@ -19,12 +19,25 @@ from kvmd.conversion.stats import ConversionStats
 from kvmd.conversion_service import ConversionService
 from kvmd.devices.console import ConsoleOutput
 from kvmd.devices.console_input import ConsoleInput
-from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
+from kvmd.devices.power import (
+    KEYBOARD_COMMAND_PORT,
+    PANIC_PORT,
+    RESET_PORT,
+    SLEEP_PORT,
+    EndSwitch,
+    PanicPort,
+    SleepRegisters,
+    acpi_reset,
+    keyboard_reset,
+)
 from kvmd.devices.uart16550 import Uart16550
 from kvmd.errors import ImageError, MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
 from kvmd.hardware import Hardware
+from kvmd.linux.kernel import parse_kernel
+from kvmd.linux_hardware import LinuxImage
 from kvmd.memory.accessor import HostAccessor
 from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
@@ -66,8 +79,16 @@ class Machine(Closing):
         self.console = ConsoleOutput()
         self.typed = ConsoleInput()
         self.ports = PortBus()
-        self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console, self.typed))
         self.mmio = MmioCounter()
+        devices: MmioBus | None = None
+        switch: EndSwitch | None = None
+        if hardware.platform is None:
+            self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console, self.typed))
+        else:
+            line = hardware.platform.console
+            self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console, self.typed, line.pull))
+            devices, switch = MmioBus(), EndSwitch()
+            _add_power(self.ports, switch)
         self._hardware = hardware
         self._gate = gate
         self._parked = parked
@@ -83,7 +104,7 @@ class Machine(Closing):
         )
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
         self._service = ConversionService(rules, hardware.protection, memory_lock=hardware.lock, ring=self.records)
-        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio)
+        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, devices, switch)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
             "vcpus": spec.vcpus,
@@ -103,10 +124,14 @@ class Machine(Closing):
         Raises:
             KvmdError: it cannot be built; nothing is left behind.
         """
-        parsed = parse_elf(_read_image(spec.image) if image is None else _read_open_image(image, spec.image))
         parked = _Parked()
         gate = RunGate(parked.set)
-        hardware = open_hardware(spec, parsed, gate.quiesce)
+        file = _read_image(spec.guest) if image is None else _read_open_image(image, spec.guest)
+        if spec.kernel is not None:
+            initrd = b"" if spec.initrd is None else _read_image(spec.initrd)
+            hardware = open_linux_hardware(spec, LinuxImage(parse_kernel(file), initrd), devices=0)
+        else:
+            hardware = open_hardware(spec, parse_elf(file), gate.quiesce)
         try:
             return cls(spec, hardware, gate, parked)
         except BaseException:
@@ -127,7 +152,8 @@ class Machine(Closing):
         self._need("run", "created")
         self._state_name = "running"
         log = structlog.get_logger("kvmd.machine").bind(machine=self.spec.name)
-        log.info("machine-starting", image=str(self.spec.image), **self.facts)
+        kind = "image" if self.spec.kernel is None else "kernel"
+        log.info("machine-starting", **{kind: str(self.spec.guest)}, **self.facts)
         if self._hardware.not_on_kvm:
             log.warning("no-kvm", because=self._hardware.not_on_kvm)
         self._parked.bind(trio.lowlevel.current_trio_token())
@@ -228,6 +254,14 @@ class _Parked:
 
     async def wait(self) -> None:
         await self._event.wait()
+
+
+def _add_power(ports: PortBus, switch: EndSwitch) -> None:
+    """Add the registers by which a Linux guest ends its machine."""
+    ports.add(SLEEP_PORT, 2, SleepRegisters(switch))
+    ports.add(RESET_PORT, 1, acpi_reset(switch))
+    ports.add(KEYBOARD_COMMAND_PORT, 1, keyboard_reset(switch))
+    ports.add(PANIC_PORT, 1, PanicPort(switch))
 
 
 def _read_image(path: Path) -> bytes:

@@ -38,6 +38,9 @@ _KEYS = Keys(
     {
         "name": 'up to 63 of a-z, 0-9, ".", "_" and "-", the first a letter or digit, such as "guest-1"',
         "image": 'the path of an ELF file, relative to this file, or a built-in guest such as "builtin:hello"',
+        "kernel": "the path of a bzImage, or of an ELF vmlinux with PVH, relative to this file; in place of image",
+        "initrd": "the path of an initial RAM disk, relative to this file",
+        "cmdline": 'the kernel\'s command line, such as "console=ttyS0"',
         "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
         "memory": 'a size in pages of 4 KiB, such as "64M"',
         "accelerator": '"auto", "kvm" or "software"',
@@ -88,16 +91,20 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """A machine, complete and checked; what only the host can tell is checked when it is opened.
 
     Attributes:
-        image: the guest's ELF file.
+        image: a payload guest's ELF file; None for a Linux guest.
+        kernel: a Linux guest's kernel; None for a payload.
+        initrd: of Linux, its initial RAM disk.
+        cmdline: of Linux, the kernel's command line.
         name: by default made of the image's file name.
         vcpus: how many, from 1.
         memory: bytes, a multiple of the page size.
         accelerator: what runs the guest: ``kvm``, ``software`` (an emulator), or ``auto`` for KVM where it works.
-        protection: ``emulated`` (two views of memory by an address bit), ``guest-memfd`` (one view, and private
+        protection: by default ``emulated`` for payloads and ``none`` for Linux: ``emulated`` (two views of memory by an address bit), ``guest-memfd`` (one view, and private
             memory that the host cannot map), ``none``, or ``auto`` for the strongest that the host offers.
         tripwire: of ``emulated``, what makes the view that is not live trip: ``attribute``, ``guest_memfd``,
             ``hole``, or ``auto`` for the best that the host offers.
-        initial: the state that the guest's own memory starts in; without protection all memory is shared.
+        initial: the state that the guest's own memory starts in, by default ``private``, and ``shared`` for Linux;
+            without protection all memory is shared.
         cpl: the privilege level that payload guests start at.
         arguments: what the boot information passes to the guest, each an unsigned 64-bit number.
         conversion: bounds on conversions.
@@ -106,21 +113,34 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ConfigError: a value is impossible; the message names the key and what would be right.
     """
 
-    image: Path
+    image: Path | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
     name: str = ""
     vcpus: int = 1
     memory: int = 64 * MIB
     accelerator: Literal["auto", "kvm", "software"] = "auto"
-    protection: str = "emulated"
+    protection: str = ""
     tripwire: Literal["auto", "attribute", "guest_memfd", "hole"] = "auto"
-    initial: Literal["private", "shared"] = "private"
+    initial: Literal["private", "shared", ""] = ""
     cpl: Literal[0, 3] = 3
     arguments: tuple[int, ...] = ()
     conversion: ConversionSpec = msgspec.field(default_factory=ConversionSpec)
 
     def __post_init__(self) -> None:
+        if (self.image is None) == (self.kernel is None):
+            raise ConfigError(
+                f"image is missing: expected {_KEYS['image']}; or, for Linux, kernel: {_KEYS['kernel']}"
+                if self.image is None
+                else "kernel: a machine has either an image (a payload) or a kernel (Linux), not both"
+            )
         if not self.name:
-            msgspec.structs.force_setattr(self, "name", _name_of(self.image))
+            msgspec.structs.force_setattr(self, "name", _name_of(self.guest))
+        if not self.protection:
+            msgspec.structs.force_setattr(self, "protection", "emulated" if self.kernel is None else "none")
+        if not self.initial:
+            msgspec.structs.force_setattr(self, "initial", "private" if self.kernel is None else "shared")
         _KEYS.need("name", self.name, _NAME.fullmatch(self.name) is not None)
         _KEYS.need("vcpus", self.vcpus, 1 <= self.vcpus <= VCPU_LIMIT)
         _KEYS.need("memory", self.memory, self.memory > 0 and not self.memory & PAGE_MASK)
@@ -139,6 +159,13 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         _KEYS.need("cpl", self.cpl, self.cpl in {0, 3})
         _KEYS.need("arguments", list(self.arguments), len(self.arguments) <= ARGUMENT_LIMIT)
         _KEYS.need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))
+
+    @property
+    def guest(self) -> Path:
+        """The file that the guest is known by: the payload's image, or the kernel."""
+        guest = self.kernel if self.image is None else self.image
+        assert guest is not None  # noqa: S101 - checked when it was made
+        return guest
 
     def with_overrides(self, **overrides: Any) -> Self:
         """Return this spec with the given fields changed; a field given as None stays as it is.
@@ -177,16 +204,17 @@ def spec_of(document: Mapping[str, object], *, base: Path) -> MachineSpec:
     section = document.get("conversion", {})
     if isinstance(section, Mapping):
         refuse_unknown(section, ConversionSpec, "conversion.")
-    if "image" not in document:
-        raise ConfigError(f"image is missing: expected {_KEYS['image']}")
     if document.get("name") == "":
         raise ConfigError(f"name: '' is not possible: expected {_KEYS['name']}")
 
-    def decode(_kind: type, value: object) -> object:
-        return resolve_image(value, base=base)  # the one field of a type that msgspec does not know
-
+    complete = _with_sizes_in_bytes(document, "")
+    if "image" in document:
+        complete["image"] = resolve_image(document["image"], base=base)
+    for key in ("kernel", "initrd"):
+        if key in document:
+            complete[key] = resolve_file(key, document[key], base=base)
     try:
-        return msgspec.convert(_with_sizes_in_bytes(document, ""), MachineSpec, dec_hook=decode)
+        return msgspec.convert(complete, MachineSpec)
     except msgspec.ValidationError as error:
         raise _KEYS.refused(error, document) from error
 
@@ -214,6 +242,22 @@ def resolve_image(image: object, *, base: Path) -> Path:
             f"the built-in ones are {', '.join(GUESTS)}"
         )
     return GUESTS[name].path
+
+
+def resolve_file(key: str, file: object, *, base: Path) -> Path:
+    """Return the path of a file that a key of a machine's file names.
+
+    Args:
+        key: such as ``kernel``.
+        file: what it says.
+        base: the folder that a relative path starts at.
+
+    Raises:
+        ConfigError: it is no path.
+    """
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise ConfigError(f"{key}: {shown(file)} is not possible: expected {_KEYS[key]}")
+    return base / file
 
 
 def _name_of(image: Path) -> str:

@@ -1,6 +1,7 @@
 """Why a machine stopped, and the exit status that says so.
 
-A guest's own exit statuses are passed on as they are: 0 to 119 and 128 to 255. Those between are kvmd's.
+A guest's own exit statuses are passed on as they are: 0 to 119 and 128 to 255. Those between are kvmd's. A Linux guest has no status of its own: powering off
+is 0, rebooting 133.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ RESERVED_STATUSES = range(120, 128)
 class ExitStatus(enum.IntEnum):
     """What ``kvmd run`` exits with when it is not the guest's own status."""
 
+    POWERED_OFF = 0
+    """The guest powered itself off."""
     CONFIG = 120
     """The command line, the machine's file or the guest image cannot be carried out as written."""
     HOST = 121
@@ -33,12 +36,17 @@ class ExitStatus(enum.IntEnum):
     """The operator asked it to stop (SIGINT or SIGTERM)."""
     KILLED = 127
     """The operator asked twice."""
+    REBOOT = 133
+    """The guest rebooted, which ends its machine; systemd-nspawn's status for the same, which a unit can act on."""
 
 
 class StopReason(enum.Enum):
     """Why a machine stopped: the name in the log, and the exit status."""
 
     GUEST_EXIT = "guest-exit"
+    GUEST_POWER_OFF = "guest-power-off"
+    GUEST_REBOOT = "guest-reboot"
+    GUEST_PANIC = "guest-panic"
     OPERATOR = "operator"
     KILLED = "killed"
 
@@ -82,6 +90,8 @@ class StopReason(enum.Enum):
 
 
 _EXIT_STATUS = {
+    StopReason.GUEST_POWER_OFF: ExitStatus.POWERED_OFF,
+    StopReason.GUEST_REBOOT: ExitStatus.REBOOT,
     StopReason.OPERATOR: ExitStatus.STOPPED,
     StopReason.KILLED: ExitStatus.KILLED,
     StopReason.MEMSLOTS_EXHAUSTED: ExitStatus.EXHAUSTED,

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("what runs", ("kvmd.runnable",)),
     ("machine", ("kvmd.machine",)),
     ("accelerator", ("kvmd.accelerator",)),
-    ("hardware of the software CPU", ("kvmd.software_hardware",)),
+    ("hardware of others than payloads on KVM", ("kvmd.software_hardware", "kvmd.linux_hardware")),
     ("hardware", ("kvmd.hardware",)),
     ("host's choice", ("kvmd.host_choice",)),
     ("vCPU tasks", ("kvmd.vcpu_tasks",)),
@@ -39,7 +39,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
     ("configuration files", ("kvmd.toml_file",)),
-    ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests")),
+    ("Linux", ("kvmd.linux",)),
+    ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests", "kvmd.acpi")),
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),
     ("accelerators", ("kvmd.kvm", "kvmd.software")),
@@ -58,6 +59,8 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kvmd.conversion", ("trio", "structlog", "fcntl", "kvmd.kvm")),
     ("kvmd.memory", ("trio", "structlog", "kvmd.kvm")),
     ("kvmd.payload", ("trio", "structlog", "kvmd.kvm")),
+    ("kvmd.linux", ("trio", "structlog", "kvmd.kvm")),
+    ("kvmd.acpi", ("trio", "structlog", "kvmd.kvm")),
     ("kvmd.protection.pieces", ("trio", "structlog", "threading", "ctypes")),
     ("kvmd.protection", ("trio", "kvmd.kvm")),
     ("kvmd.run_gate", ("trio", "kvmd.kvm")),
@@ -66,7 +69,7 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """What some modules must do without though it may lie below them: they decide, others act."""
 
-KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.host_choice", "kvmd.cli")
+KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.linux_hardware", "kvmd.host_choice", "kvmd.cli")
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
 
 LOCKERS = ("kvmd.fleet.state_folder",)

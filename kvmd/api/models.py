@@ -350,7 +350,7 @@ def timestamp(wall_ns: int) -> str:
 
 def image_name(spec: MachineSpec) -> str:
     """Return an image as a client would name it."""
-    return _BUILTIN_NAMES.get(spec.image) or str(spec.image)
+    return _BUILTIN_NAMES.get(spec.guest) or str(spec.guest)
 
 
 _BUILTIN_NAMES = {guest.path: BUILTIN_PREFIX + name for name, guest in GUESTS.items()}
