@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from kvmd.acpi.tables import AcpiMachine, VirtioWindow, build_tables
 from kvmd.devices.interrupt import InterruptLine
+from kvmd.devices.power import PANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_PORT, SLEEP_TYPE_OFF
 from kvmd.errors import BackendError, ConfigError, HostError
 from kvmd.hardware import DevicePlace, Hardware, Platform, check_kernel_memory, check_vcpus, enable_capabilities
 from kvmd.host_choice import Choice, create_vm
@@ -21,14 +23,18 @@ from kvmd.kvm.system import Kvm
 from kvmd.kvm.vcpu import KvmVcpu
 from kvmd.kvm.vm import Vm
 from kvmd.linux.address_map import (
+    ACPI_TABLES,
+    COM1,
     COM1_GSI,
     DEVICE_GSIS,
     DEVICE_SIZE,
     DEVICES_START,
     IDENTITY_MAP,
+    IOAPIC,
+    LOCAL_APIC,
     TSS,
 )
-from kvmd.linux.boot import LinuxBoot, plan_linux
+from kvmd.linux.boot import LinuxBoot, LinuxWrite, plan_linux
 from kvmd.linux.kernel import Kernel
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
@@ -80,7 +86,13 @@ def open_linux(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardwar
     """
     if devices > len(DEVICE_GSIS):
         raise ConfigError(f"{devices} devices are too many: a machine has interrupt lines for {len(DEVICE_GSIS)}")
-    boot = plan_linux(image.kernel, memory_size=spec.memory, initrd=image.initrd, command_line=spec.cmdline)
+    boot = plan_linux(
+        image.kernel,
+        memory_size=spec.memory,
+        initrd=image.initrd,
+        command_line=spec.cmdline,
+        acpi=_acpi(spec.vcpus, devices),
+    )
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm.open())
         check_vcpus(kvm, spec.vcpus)
@@ -109,6 +121,26 @@ def open_linux(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardwar
         return Hardware(
             vcpus, protection, boot, shared, state, pinned, lock, facts, stack.pop_all(), platform=platform
         )
+
+
+def _acpi(vcpus: int, devices: int) -> LinuxWrite:
+    machine = AcpiMachine(
+        processors=vcpus,
+        local_apic=LOCAL_APIC,
+        ioapic=IOAPIC,
+        serial_port=(COM1, COM1_GSI),
+        sleep_port=SLEEP_PORT,
+        sleep_type=SLEEP_TYPE_OFF,
+        reset_port=RESET_PORT,
+        reset_value=RESET_VALUE,
+        panic_port=PANIC_PORT,
+        virtio=[
+            VirtioWindow(DEVICES_START + index * DEVICE_SIZE, DEVICE_SIZE, DEVICE_GSIS[index])
+            for index in range(devices)
+        ],
+    )
+    tables = build_tables(machine, gpa=ACPI_TABLES.start, limit_bytes=ACPI_TABLES.size_bytes)
+    return LinuxWrite(ACPI_TABLES.start, tables)
 
 
 def _memory(boot: LinuxBoot, stack: ExitStack) -> tuple[Backing, PageStateMap]:

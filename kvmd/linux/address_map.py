@@ -49,6 +49,7 @@ TSS = 0xFFFB_D000
 
 IOAPIC_PINS = 24
 
+COM1 = 0x3F8
 COM1_GSI = 4
 DEVICE_GSIS = range(5, IOAPIC_PINS)
 """Interrupt lines of the virtio devices, in their order."""

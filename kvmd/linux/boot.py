@@ -109,7 +109,7 @@ class LinuxBoot:
 
 
 def plan_linux(
-    kernel: Kernel, *, memory_size: int, initrd: bytes = b"", command_line: str = "", acpi: Sequence[LinuxWrite] = ()
+    kernel: Kernel, *, memory_size: int, initrd: bytes = b"", command_line: str = "", acpi: LinuxWrite | None = None
 ) -> LinuxBoot:
     """Lay out the memory of a machine that starts ``kernel``.
 
@@ -118,7 +118,7 @@ def plan_linux(
         memory_size: bytes of memory, a multiple of the page size.
         initrd: the initial RAM disk; empty for none.
         command_line: the kernel's.
-        acpi: ACPI's tables, the RSDP first; none for a machine without.
+        acpi: ACPI's tables, which begin with the RSDP; None for a machine without.
 
     Raises:
         ConfigError: the command line is too long, or no ASCII.
@@ -128,10 +128,12 @@ def plan_linux(
     memory = memory_ranges(memory_size)
     if memory_size < _LEAST_MEMORY:
         raise ImageError(f"{format_size(memory_size)} of memory are too few for Linux: give at least 16M, better 256M")
-    rsdp = acpi[0].gpa if acpi else 0
+    rsdp = 0 if acpi is None else acpi.gpa
     area = _kernel_area(kernel, memory[0].end)
     ramdisk = _place_initrd(initrd, area, memory[0].end, kernel)
-    writes = [LinuxWrite(_COMMAND_LINE, line + b"\0"), *acpi]
+    writes = [LinuxWrite(_COMMAND_LINE, line + b"\0")]
+    if acpi is not None:
+        writes.append(acpi)
     if ramdisk is not None:
         writes.append(LinuxWrite(ramdisk, initrd))
     if isinstance(kernel, BzImage):
