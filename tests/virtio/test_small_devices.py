@@ -75,11 +75,11 @@ async def test_balloon_gives_inflated_and_reported_pages_back(memory: Memory) ->
         driver.queues[0].offer([(numbers, 20)])
         driver.queues[0].kick()
         await driver.queues[0].completed()
-        assert [str(range_) for range_ in discarded] == [
-            "[0x81000, 0x84000)",
-            "[0x88000, 0x89000)",
-            "[0x90000000000, 0x90000001000)",
-        ]
+        assert discarded == [
+            GpaRange(0x81000, 0x84000),
+            GpaRange(0x88000, 0x89000),
+            GpaRange(0x900_0000_0000, 0x900_0000_1000),
+        ], "the last is no memory, but that is for the callback to say"
         assert model.discarded_bytes == 4 * PAGE_SIZE
         assert memory.read(0x81000, PAGE_SIZE) == bytes(PAGE_SIZE)
         assert memory.read(0x84000, 1) == b"x"
