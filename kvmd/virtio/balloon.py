@@ -141,10 +141,21 @@ class BalloonDevice:
                 await queue.wait()
 
     async def _take(self, queue: LiveQueue, ranges: Iterator[GpaRange], active: Activation) -> None:
+        started = False
+
+        def work() -> None:
+            nonlocal started
+            started = True
+            try:
+                self._discard_all(queue, ranges)
+            finally:
+                active.transfers.end()
+
         try:
-            await trio.to_thread.run_sync(self._discard_all, queue, ranges, limiter=self._limiter)
+            await trio.to_thread.run_sync(work, limiter=self._limiter)
         finally:
-            active.transfers.end()
+            if not started:
+                active.transfers.end()
 
     def _discard_all(self, queue: LiveQueue, ranges: Iterator[GpaRange]) -> None:
         for range_ in ranges:

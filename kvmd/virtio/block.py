@@ -99,12 +99,12 @@ class BlockDevice:
         return None
 
     async def run(self, active: Activation) -> None:
-        """Serve the queue until cancelled; waits for the I/O under way."""
+        """Serve the queue until cancelled; waits for the I/O under way, but begins no other."""
         requests = BlockRequests(
             self._disk, self._serial, active.queue(0), active, stable=not active.features & F_FLUSH
         )
-        try:
-            async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:
+            try:
                 while True:
                     more = requests.take()
                     while requests.needs_worker(WORKERS):
@@ -114,8 +114,8 @@ class BlockDevice:
                         await trio.lowlevel.checkpoint()
                     else:
                         await requests.queue.wait()
-        finally:
-            requests.drop()
+            finally:
+                requests.drop()
 
     async def _work(self, requests: BlockRequests) -> None:
         try:

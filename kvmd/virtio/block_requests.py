@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -213,10 +214,11 @@ class BlockRequests:
         ring.push(chain, read_bytes + 1)
 
     def drop(self) -> None:
-        """Forget what waits, when the last worker has gone: the device was reset."""
-        while self.waiting:
-            if self.waiting.popleft().views is not None:
-                self._active.transfers.end()
+        """Forget what waits: the device was reset, or is closed. ``take`` is not called any more."""
+        with suppress(IndexError):
+            while True:
+                if self.waiting.popleft().views is not None:
+                    self._active.transfers.end()
 
     # -- a worker's thread ---------------------------------------------------------------------------------------------
 

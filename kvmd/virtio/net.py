@@ -29,7 +29,8 @@ F_HOST_ECN = 1 << 13
 F_MRG_RXBUF = 1 << 15
 F_STATUS = 1 << 16
 
-_OFFLOADS = F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
+_GUEST_OFFLOADS = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
+_OFFLOADS = _GUEST_OFFLOADS | F_CSUM | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
 
 _NEEDS = (
     (F_GUEST_TSO4 | F_GUEST_TSO6, F_GUEST_CSUM),
@@ -60,24 +61,14 @@ _log = structlog.get_logger(__name__)
 
 
 class FrameIo(Protocol):
-    """Where frames go and come from: a tap, mostly.
-
-    Attributes:
-        fd: non-blocking; each read or write is one frame, with a virtio-net header of 12 bytes before it if
-            ``has_header`` (IFF_VNET_HDR, and TUNSETVNETHDRSZ of 12).
-        has_header: whether frames carry the header. Without it nothing is offloaded.
-    """
+    """Where frames go and come from: a tap, mostly."""
 
     @property
     def fd(self) -> int:
-        """See above."""
+        """A non-blocking descriptor; each read or write of it is one frame."""
 
-    @property
-    def has_header(self) -> bool:
-        """See above."""
-
-    def set_offloads(self, *, checksum: bool, tso4: bool, tso6: bool, ecn: bool) -> None:
-        """Say what the guest takes unfinished from now on (TUNSETOFFLOAD). May raise OSError."""
+    def set_offloads(self, features: int, /) -> None:
+        """Say which VIRTIO_NET_F_GUEST_* the guest has from now on (TUNSETOFFLOAD). May raise OSError."""
 
     def close(self) -> None:
         """Close it; harmless the second time."""
@@ -94,6 +85,8 @@ class NetworkDevice:
         io: the host's side, which belongs to the device from now on.
         mac: 6 bytes.
         mtu: what the guest is told, if anything.
+        has_header: whether each frame has a struct virtio_net_hdr of 12 bytes before it (a tap's IFF_VNET_HDR, and
+            TUNSETVNETHDRSZ of 12). Without it nothing is offloaded.
 
     Attributes:
         dropped: frames that could not be passed on, either way.
@@ -102,10 +95,11 @@ class NetworkDevice:
     device_id = DeviceId.NETWORK
     queue_sizes = (QUEUE_SIZE, QUEUE_SIZE)
 
-    def __init__(self, io: FrameIo, mac: bytes, mtu: int | None = None) -> None:
+    def __init__(self, io: FrameIo, mac: bytes, mtu: int | None = None, *, has_header: bool = True) -> None:
         if len(mac) != 6 or mac[0] & 1:  # noqa: PLR2004 - a MAC address
             raise ValueError(f"{mac.hex(':')} is not the MAC address of one interface")
         self._io = io
+        self._has_header = has_header
         self._mac = mac
         self._mtu = mtu
         self._link_up = True
@@ -120,7 +114,7 @@ class NetworkDevice:
     def features(self) -> int:
         """What is offered."""
         common = F_MAC | F_STATUS | F_MRG_RXBUF | (F_MTU if self._mtu is not None else 0)
-        return common | (_OFFLOADS if self._io.has_header else 0)
+        return common | (_OFFLOADS if self._has_header else 0)
 
     @property
     def config(self) -> bytes:
@@ -158,26 +152,28 @@ class NetworkDevice:
         """Move frames until cancelled."""
         transmit, receive = active.queue(TRANSMIT), active.queue(RECEIVE)
         features = active.features
-        if self._io.has_header:
-            try:
-                self._io.set_offloads(
-                    checksum=bool(features & F_GUEST_CSUM),
-                    tso4=bool(features & F_GUEST_TSO4),
-                    tso6=bool(features & F_GUEST_TSO6),
-                    ecn=bool(features & F_GUEST_ECN),
-                )
-            except OSError as error:
-                self._complain("its offloads cannot be set", error)
+        if self._has_header:
+            self._set_offloads(features & _GUEST_OFFLOADS)
         large = bool(features & (F_GUEST_TSO4 | F_GUEST_TSO6))
         frame_limit = FRAME_LIMIT if large else HEADER_BYTES + ETHERNET_BYTES + max(self._mtu or 0, 1500)
         buffers = ReceiveBuffers(active.memory, frame_limit, mergeable=bool(features & F_MRG_RXBUF))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._transmit, transmit, active)
-            nursery.start_soon(self._receive, receive, buffers)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._transmit, transmit, active)
+                nursery.start_soon(self._receive, receive, buffers)
+        finally:
+            if self._has_header:
+                self._set_offloads(0)
 
     def close(self) -> None:
         """Close the host's side."""
         self._io.close()
+
+    def _set_offloads(self, features: int) -> None:
+        try:
+            self._io.set_offloads(features)
+        except OSError as error:
+            self._complain("its offloads cannot be set", error)
 
     def _complain(self, what: str, error: OSError) -> None:
         if not self._complained:
@@ -221,7 +217,7 @@ class NetworkDevice:
         if frame_bytes > FRAME_LIMIT or not self._link_up:
             self.dropped += 1
             return True
-        parts = chain.readable if self._io.has_header else split(chain.readable, HEADER_BYTES)[1]
+        parts = chain.readable if self._has_header else split(chain.readable, HEADER_BYTES)[1]
         try:
             os.writev(self._io.fd, views(active.memory, parts))
         except BlockingIOError:
@@ -282,7 +278,7 @@ class NetworkDevice:
         if not self._link_up:
             return os.readv(self._io.fd, [self._overflow])
         # What does not fit any buffer goes behind them, where it shows that the frame was too long.
-        if self._io.has_header:
+        if self._has_header:
             return os.readv(self._io.fd, [*buffers.views, self._overflow])
         frame_bytes = os.readv(self._io.fd, [*buffers.views_after_header(), self._overflow])
         return frame_bytes and HEADER_BYTES + frame_bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import trio
@@ -300,15 +300,16 @@ class Driver:
 
 @asynccontextmanager
 async def driven(
-    model: DeviceModel, memory: Memory, *, name: str = "device0", serving: bool = True
+    model: DeviceModel, memory: Memory, *, with_it: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncIterator[Driver]:
-    """Yield a driver for a device that is being served."""
+    """Yield a driver for a device that is being served, and ``with_it`` another task that is cancelled with that."""
     irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
-        with VirtioDevice(model, memory.accessor, lambda: os.eventfd_write(irq, 1), name=name) as device:
+        with VirtioDevice(model, memory.accessor, lambda: os.eventfd_write(irq, 1), name="device0") as device:
             async with trio.open_nursery() as nursery:
-                if serving:
-                    nursery.start_soon(serve, device)
+                nursery.start_soon(serve, device)
+                if with_it is not None:
+                    nursery.start_soon(with_it)
                 yield Driver(memory, mmio.MmioTransport(device), irq)
                 nursery.cancel_scope.cancel()
     finally:
