@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
     ("configuration files", ("kvmd.toml_file",)),
-    ("Linux", ("kvmd.linux",)),
+    ("Linux, virtio", ("kvmd.linux", "kvmd.virtio")),
     ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests", "kvmd.acpi")),
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),
@@ -72,10 +72,11 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.linux_hardware", "kvmd.host_choice", "kvmd.cli")
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
 
-LOCKERS = ("kvmd.fleet.state_folder",)
-"""Who may import flock and its constants: Python keeps it in the module of fcntl and ioctl."""
-
-_LOCKING = {"flock", "LOCK_EX", "LOCK_NB"}
+LOCKERS = {
+    "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB"},
+    "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK"},
+}
+"""Who may import what for locks of files: Python keeps them in the module of fcntl and ioctl."""
 
 FACES = ("kvmd.cli", "kvmd.ctl", "kvmd.options", "kvmd.lazy_group")
 FACES_ONLY = ("click", "rich")
@@ -237,13 +238,14 @@ def stray_ioctls(modules: list[Module]) -> list[str]:
     for module in modules:
         if is_within(module.name, "kvmd.kvm"):
             continue
+        locking = LOCKERS.get(module.name, set())
         for node in ast.walk(module.tree):
             match node:
+                case ast.Name(id="fcntl") if "fcntl" in locking:
+                    continue  # the function, since the module itself cannot be imported there
                 case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
                     names = {name}
-                case ast.ImportFrom(module="fcntl", names=aliases) if (
-                    module.name in LOCKERS and {alias.name for alias in aliases} <= _LOCKING
-                ):
+                case ast.ImportFrom(module="fcntl", names=aliases) if {alias.name for alias in aliases} <= locking:
                     continue
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                     names = set(chain.from_iterable(alias.name.split(".") for alias in aliases))
@@ -416,6 +418,10 @@ def test_a_stray_ioctl_is_told(source: str, name: str) -> None:
         ("kvmd/fleet/state_folder.py", "from fcntl import flock, ioctl", True),
         ("kvmd/fleet/state_folder.py", "import fcntl", True),
         ("kvmd/fleet/local.py", "from fcntl import flock", True),
+        ("kvmd/virtio/disk.py", "from fcntl import F_OFD_SETLK, fcntl\nfcntl(3, F_OFD_SETLK, b'')", False),
+        ("kvmd/virtio/disk.py", "from fcntl import fcntl, ioctl", True),
+        ("kvmd/virtio/disk.py", "import fcntl\nfcntl.ioctl(3, 4)", True),
+        ("kvmd/virtio/net.py", "from fcntl import fcntl", True),
     ],
 )
 def test_a_lock_is_no_ioctl_where_locks_belong(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
