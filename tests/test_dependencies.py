@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("request channel", ("kvmd.request_channel",)),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
+    ("guests' networks", ("kvmd.network",)),
     ("configuration files", ("kvmd.toml_file",)),
     ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests")),
     ("conversion rules", ("kvmd.conversion",)),
@@ -69,6 +70,9 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.host_choice", "kvmd.cli")
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
 
+TAP_USERS = ("kvmd.network.tap",)
+"""Who may import ioctl of Python's fcntl: for taps. KVM's are kvmd.kvm's all the same."""
+
 LOCKERS = ("kvmd.fleet.state_folder",)
 """Who may import flock and its constants: Python keeps it in the module of fcntl and ioctl."""
 
@@ -80,6 +84,10 @@ FACES_ONLY = ("click", "rich")
 
 API_ONLY = ("fastapi", "starlette", "pydantic", "anyio", "h11")
 """Packages that the control API alone stands on: `kvmd run` must not wait for their import."""
+
+NETLINK_USERS = ("kvmd.network.links",)
+NETLINK = ("pyroute2",)
+"""Brings asyncio along: whoever asks for no network never imports it."""
 
 COMPUTED = "<computed>"
 
@@ -206,6 +214,8 @@ def forbidden_imports(modules: list[Module]) -> list[str]:
             banned.extend(FACES_ONLY)
         if not is_within(module.name, "kvmd.api"):
             banned.extend(API_ONLY)
+        if module.name not in NETLINK_USERS:
+            banned.extend(NETLINK)
         for line, target in imports_of(module, known):
             if any(is_within(target, name) for name in banned):
                 found.append(f"{module.file}:{line} imports {target}, which {module.name} must do without")
@@ -236,16 +246,20 @@ def stray_ioctls(modules: list[Module]) -> list[str]:
             continue
         for node in ast.walk(module.tree):
             match node:
-                case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
-                    names = {name}
                 case ast.ImportFrom(module="fcntl", names=aliases) if (
                     module.name in LOCKERS and {alias.name for alias in aliases} <= _LOCKING
                 ):
+                    continue
+                case ast.ImportFrom(module="fcntl", names=[ast.alias(name="ioctl")]) if module.name in TAP_USERS:
+                    continue
+                case ast.Name(id="ioctl") if module.name in TAP_USERS:
                     continue
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                     names = set(chain.from_iterable(alias.name.split(".") for alias in aliases))
                     if isinstance(node, ast.ImportFrom):
                         names.update((node.module or "").split("."))
+                case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
+                    names = {name}
                 case _:
                     continue
             found.extend(
@@ -379,6 +393,7 @@ def test_a_new_module_needs_a_layer() -> None:
         ("kvmd/api/app.py", "import rich.text", "rich.text"),
         ("kvmd/cli/main.py", "import fastapi", "fastapi"),
         ("kvmd/fleet/base.py", "from pydantic import BaseModel", "pydantic"),
+        ("kvmd/network/networks.py", "from pyroute2 import IPRoute", "pyroute2"),
     ],
 )
 def test_a_forbidden_import_is_told(file: str, source: str, target: str) -> None:
@@ -413,9 +428,13 @@ def test_a_stray_ioctl_is_told(source: str, name: str) -> None:
         ("kvmd/fleet/state_folder.py", "from fcntl import flock, ioctl", True),
         ("kvmd/fleet/state_folder.py", "import fcntl", True),
         ("kvmd/fleet/local.py", "from fcntl import flock", True),
+        ("kvmd/network/tap.py", "from fcntl import ioctl\nioctl(1, 2)", False),
+        ("kvmd/network/tap.py", "import fcntl", True),
+        ("kvmd/network/tap.py", "uapi.KVM_RUN", True),
+        ("kvmd/network/links.py", "from fcntl import ioctl", True),
     ],
 )
-def test_a_lock_is_no_ioctl_where_locks_belong(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
+def test_locks_and_taps_have_their_places(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
     assert bool(stray_ioctls(planted(file, source))) is told
 
 
