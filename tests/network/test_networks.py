@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -402,3 +403,36 @@ def test_no_networks_are_none() -> None:
     with open_networks([], machine="a") as networks:
         assert isinstance(networks, Networks)
         assert networks.guest == []
+
+
+@own_network
+def test_the_daemon_removes_what_was_left_before_it_serves(tmp_path: Path) -> None:
+    die()
+    make_bridge()
+    (tmp_path / "kvmd.toml").write_text(f'[api]\nsocket = "{tmp_path}/api"\n')
+    command = [
+        sys.executable,
+        "-m",
+        "kvmd",
+        "daemon",
+        "--config",
+        f"{tmp_path}/kvmd.toml",
+        "--state",
+        f"{tmp_path}/state",
+    ]
+    with subprocess.Popen([*command, "--log-format", "json"], stderr=subprocess.PIPE, text=True) as process:  # noqa: S603 - ours
+        assert process.stderr is not None
+        told = []
+        for line in process.stderr:
+            told.append(json.loads(line))
+            if told[-1]["event"] == "api-serving":
+                break
+        left = links()
+        process.terminate()
+        process.stderr.read()
+    assert [entry["what"] for entry in told if entry["event"] == "network-left-behind-removed"] == [
+        "bridge vms",
+        "network namespace kvmd-dead+1",
+    ]
+    assert left == {"br0"}
+    assert process.returncode == 0
