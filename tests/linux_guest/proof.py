@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import select
+import subprocess
+import time
 from pathlib import Path
 
 from kvmd.closing import Closing
@@ -122,3 +126,38 @@ def as_toml(machine: dict[str, object]) -> str:
 def _digest(data: bytes, size: int) -> str:
     assert len(data) == size
     return f"{hashlib.sha256(data).hexdigest()} bytes {size}"
+
+
+def run_to_end(command: list[str], *, pass_fds: tuple[int, ...] = (), seconds: float) -> tuple[bytes, int]:
+    """Run a program whose standard input and output are a guest's console, and type what the guest waits for.
+
+    Args:
+        command: the program.
+        pass_fds: descriptors that it inherits.
+        seconds: how long it may take; then it is killed.
+
+    Returns:
+        what it printed, errors included, and its exit status.
+    """
+    deadline = time.monotonic() + seconds
+    console = b""
+    typed = False
+    with subprocess.Popen(  # noqa: S603 - a hypervisor
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=pass_fds
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while True:
+            readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                process.kill()
+                raise AssertionError(f"no end within {seconds} s: {console[-2000:].decode(errors='replace')}")
+            data = os.read(process.stdout.fileno(), 65536)
+            if not data:
+                break
+            console += data
+            if LISTENING in console and not typed:
+                typed = True
+                process.stdin.write(TYPED + b"\n")
+                process.stdin.flush()
+    return console, process.returncode

@@ -44,7 +44,7 @@ def microvm(
         disk: a raw one, written to.
         network: a card, or None.
     """
-    # With ACPI's reduced hardware Linux has no timer but KVM's: without KVM it needs the old ones, and then tables of old.
+    # With ACPI's reduced hardware Linux has no timer but KVM's: without KVM it needs the old ones, and no ACPI.
     timers = "pic=off,pit=off,rtc=off" if accelerator == "kvm" else "pic=on,pit=on,rtc=on,acpi=off"
     command = [
         *(program, "-machine", f"microvm,accel={accelerator},{timers}"),
