@@ -11,7 +11,10 @@ import json
 import os
 import select
 import subprocess
+import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvmd.closing import Closing
@@ -48,14 +51,20 @@ class Proof(Closing):
         cmdline: the kernel's.
     """
 
-    def __init__(self, folder: Path, kernel: Kernel, *, file_bytes: int = 1 << 20, end: str = "poweroff") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kernel: Kernel,
+        *,
+        file_bytes: int = 1 << 20,
+        end: str = "poweroff",
+    ) -> None:
         self.kernel = kernel.image
         self.disk = folder / "disk.raw"
         self.initrd = folder / "initrd"
         self.file_bytes = file_bytes
         self._from_host = b"".join(pieces(_FROM_HOST_BYTES))
-        modules = [] if kernel.modules is None else with_dependencies(kernel.wanted, kernel.modules)
-        self.initrd.write_bytes(initrd(modules))
+        write_initrd(self.initrd, kernel)
         make_disk(self.disk, 32 << 20, {"from-host": self._from_host})
         self.peer = Peer(HOST, size=file_bytes)
         options = {
@@ -114,6 +123,12 @@ class Proof(Closing):
         return report
 
 
+def write_initrd(path: Path, kernel: Kernel) -> None:
+    """Write the initial RAM disk that a kernel needs to run our init."""
+    modules = [] if kernel.modules is None else with_dependencies(kernel.wanted, kernel.modules)
+    path.write_bytes(initrd(modules))
+
+
 def as_toml(machine: dict[str, object]) -> str:
     """Return a machine as a TOML file; texts, numbers, and lists of tables of them are all that is in one."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in machine.items() if not isinstance(value, list)]
@@ -128,27 +143,53 @@ def _digest(data: bytes, size: int) -> str:
     return f"{hashlib.sha256(data).hexdigest()} bytes {size}"
 
 
-def run_to_end(command: list[str], *, pass_fds: tuple[int, ...] = (), seconds: float) -> tuple[bytes, int]:
+@dataclass(frozen=True)
+class Ended:
+    """A hypervisor's run.
+
+    Attributes:
+        console: what the guest printed.
+        errors: what the hypervisor said.
+        status: its exit status.
+        seconds: from its start until each of the texts that were watched for came.
+        cpu_seconds: what it used, the guest's time included.
+        began: when it was started, in seconds since 1970.
+    """
+
+    console: bytes
+    errors: str
+    status: int
+    seconds: dict[bytes, float]
+    cpu_seconds: float
+    began: float
+
+
+def run_to_end(
+    command: Sequence[str], *, pass_fds: tuple[int, ...] = (), seconds: float, watch: Sequence[bytes] = ()
+) -> Ended:
     """Run a program whose standard input and output are a guest's console, and type what the guest waits for.
 
     Args:
         command: the program.
         pass_fds: descriptors that it inherits.
         seconds: how long it may take; then it is killed.
+        watch: texts of the console whose time counts; an empty one is any.
 
-    Returns:
-        what it printed, errors included, and its exit status.
+    Raises:
+        AssertionError: it took longer.
     """
-    deadline = time.monotonic() + seconds
-    console = b""
-    typed = False
-    with subprocess.Popen(  # noqa: S603 - a hypervisor
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, pass_fds=pass_fds
-    ) as process:
+    start, began = time.monotonic(), time.time()
+    console, typed, seen = b"", False, dict[bytes, float]()
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(  # noqa: S603 - a hypervisor
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, pass_fds=pass_fds
+        ) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
         while True:
-            readable, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            readable, _, _ = select.select([process.stdout], [], [], max(0.0, start + seconds - time.monotonic()))
             if not readable:
                 process.kill()
                 raise AssertionError(f"no end within {seconds} s: {console[-2000:].decode(errors='replace')}")
@@ -156,8 +197,15 @@ def run_to_end(command: list[str], *, pass_fds: tuple[int, ...] = (), seconds: f
             if not data:
                 break
             console += data
+            for text in watch:
+                if text not in seen and text in console:
+                    seen[text] = time.monotonic() - start
             if LISTENING in console and not typed:
                 typed = True
                 process.stdin.write(TYPED + b"\n")
                 process.stdin.flush()
-    return console, process.returncode
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
+    return Ended(console, said, process.returncode, seen, used.ru_utime + used.ru_stime, began)

@@ -58,9 +58,9 @@ def prove(folder: Path, kernel: Kernel, accelerator: str, end: str) -> None:
                 disk=proof.disk,
                 network=QemuNetwork(network.tap.fd, network.mac.hex(":")),
             )
-            console, status = run_to_end(command, pass_fds=(network.tap.fd,), seconds=SECONDS)
-        assert status == 0, console[-2000:]
-        report = proof.check(console)
+            ended = run_to_end(command, pass_fds=(network.tap.fd,), seconds=SECONDS)
+        assert ended.status == 0, ended.errors
+        report = proof.check(ended.console)
         assert report["net"] == f"mtu 1500 mac {network.mac.hex()}"
 
 
