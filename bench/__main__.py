@@ -22,6 +22,7 @@ BENCHMARKS = {
     "fleet": "the daemon's machines: from a request to the guest's first output, and memory of idle ones",
     "blocks": "what conversions and a machine's start cost, by block size, memory and pages",
     "large": "explicit conversions of a large range, beside the bare ioctls (in the lab: lab/README.md)",
+    "linux": "a Linux guest's start, disk and network, beside QEMU's microvm (in the lab: lab/README.md)",
     "api": "the control API: a small GET beside a bare h11 echo, and streams of events",
     "memory": "host memory that large machines take before the guest touches any",
 }

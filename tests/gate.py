@@ -24,7 +24,9 @@ from kvmd.errors import HostError
 from kvmd.kvm.needs import GUEST_MEMFD, SOFTWARE_PROTECTED_VM, first_lacking
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.uapi import KVM_X86_SW_PROTECTED_VM
+from kvmd.network.tap import Tap
 from kvmd.software.availability import missing_emulator
+from tests.own_network import in_thread, leave_network
 
 
 class Facility(enum.Enum):
@@ -34,6 +36,7 @@ class Facility(enum.Enum):
     PRIVATE_MEMORY = "KVMD_TEST_PRIVATE_MEMORY"
     COMPILER = "KVMD_TEST_COMPILER"
     SOFTWARE = "KVMD_TEST_SOFTWARE"
+    NETWORK = "KVMD_TEST_NETWORK"
 
 
 class Gate(enum.Enum):
@@ -125,9 +128,28 @@ def missing_compiler() -> str | None:
     return f"linux/kvm.h cannot be compiled: {probe.stderr.strip()[:200]}" if probe.returncode else None
 
 
+@cache
+def missing_network() -> str | None:
+    """Return why no test can have a network namespace with taps and bridges of its own, or None."""
+
+    def look() -> str | None:
+        try:
+            leave_network()
+        except OSError as error:
+            return f"a network namespace cannot be made: {error.strerror}: run them as root"
+        try:
+            Tap.make("probe").close()
+        except HostError as error:
+            return str(error)
+        return None
+
+    return in_thread(look)
+
+
 _MISSING = {
     Facility.KVM: missing_kvm,
     Facility.PRIVATE_MEMORY: missing_private_memory,
     Facility.COMPILER: missing_compiler,
     Facility.SOFTWARE: missing_emulator,
+    Facility.NETWORK: missing_network,
 }

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("request channel", ("kvmd.request_channel",)),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
+    ("guests' networks", ("kvmd.network",)),
     ("configuration files", ("kvmd.toml_file",)),
     ("Linux, virtio", ("kvmd.linux", "kvmd.virtio")),
     ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests", "kvmd.acpi")),
@@ -75,8 +76,9 @@ KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.linux_hardware", "kvmd.host_choi
 LOCKERS = {
     "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB"},
     "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK"},
+    "kvmd.network.tap": {"ioctl"},
 }
-"""Who may import what for locks of files: Python keeps them in the module of fcntl and ioctl."""
+"""Who may import what of the module of fcntl and ioctl: locks of files, and taps. KVM's ioctls are kvmd.kvm's alone."""
 
 FACES = ("kvmd.cli", "kvmd.ctl", "kvmd.options", "kvmd.lazy_group")
 FACES_ONLY = ("click", "rich")
@@ -84,6 +86,10 @@ FACES_ONLY = ("click", "rich")
 
 API_ONLY = ("fastapi", "starlette", "pydantic", "anyio", "h11")
 """Packages that the control API alone stands on: `kvmd run` must not wait for their import."""
+
+NETLINK_USERS = ("kvmd.network.links",)
+NETLINK = ("pyroute2",)
+"""Brings asyncio along: whoever asks for no network never imports it."""
 
 COMPUTED = "<computed>"
 
@@ -210,6 +216,8 @@ def forbidden_imports(modules: list[Module]) -> list[str]:
             banned.extend(FACES_ONLY)
         if not is_within(module.name, "kvmd.api"):
             banned.extend(API_ONLY)
+        if module.name not in NETLINK_USERS:
+            banned.extend(NETLINK)
         for line, target in imports_of(module, known):
             if any(is_within(target, name) for name in banned):
                 found.append(f"{module.file}:{line} imports {target}, which {module.name} must do without")
@@ -241,7 +249,7 @@ def stray_ioctls(modules: list[Module]) -> list[str]:
         locking = LOCKERS.get(module.name, set())
         for node in ast.walk(module.tree):
             match node:
-                case ast.Name(id="fcntl") if "fcntl" in locking:
+                case ast.Name(id="fcntl" | "ioctl" as name) if name in locking:
                     continue  # the function, since the module itself cannot be imported there
                 case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
                     names = {name}
@@ -384,6 +392,7 @@ def test_a_new_module_needs_a_layer() -> None:
         ("kvmd/api/app.py", "import rich.text", "rich.text"),
         ("kvmd/cli/main.py", "import fastapi", "fastapi"),
         ("kvmd/fleet/base.py", "from pydantic import BaseModel", "pydantic"),
+        ("kvmd/network/networks.py", "from pyroute2 import IPRoute", "pyroute2"),
     ],
 )
 def test_a_forbidden_import_is_told(file: str, source: str, target: str) -> None:
@@ -422,9 +431,13 @@ def test_a_stray_ioctl_is_told(source: str, name: str) -> None:
         ("kvmd/virtio/disk.py", "from fcntl import fcntl, ioctl", True),
         ("kvmd/virtio/disk.py", "import fcntl\nfcntl.ioctl(3, 4)", True),
         ("kvmd/virtio/net.py", "from fcntl import fcntl", True),
+        ("kvmd/network/tap.py", "from fcntl import ioctl\nioctl(1, 2)", False),
+        ("kvmd/network/tap.py", "import fcntl", True),
+        ("kvmd/network/tap.py", "uapi.KVM_RUN", True),
+        ("kvmd/network/links.py", "from fcntl import ioctl", True),
     ],
 )
-def test_a_lock_is_no_ioctl_where_locks_belong(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
+def test_locks_and_taps_have_their_places(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
     assert bool(stray_ioctls(planted(file, source))) is told
 
 
