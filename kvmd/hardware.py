@@ -52,13 +52,14 @@ class DevicePlace:
         window: its registers.
         gsi: its interrupt line's number.
         interrupt: the line.
-        notification: an eventfd, non-blocking, that is written when the driver notifies a queue; owned by the platform.
+        connect: has an eventfd (the first argument) written when the guest stores a number (the last one) in the 32
+            bits at a gpa; raises BackendError.
     """
 
     window: GpaRange
     gsi: int
     interrupt: InterruptLine
-    notification: int
+    connect: Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Hardware:
         resources: closes all of it, in the right order.
         not_on_kvm: why not on KVM, where the operator left the choice to kvmd.
         platform: what a Linux guest's devices are connected to; a payload has none.
+        hole: addresses below the end of ``state`` that are no memory, where a Linux guest has as much.
     """
 
     vcpus: list[Vcpu]
@@ -103,6 +105,7 @@ class Hardware:
     resources: ExitStack
     not_on_kvm: str = ""
     platform: Platform | None = None
+    hole: GpaRange | None = None
 
 
 def kvm_problem() -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -32,6 +30,7 @@ from kvmd.linux.address_map import (
     IDENTITY_MAP,
     IOAPIC,
     LOCAL_APIC,
+    LOW_MEMORY_END,
     TSS,
 )
 from kvmd.linux.boot import LinuxBoot, LinuxWrite, plan_linux
@@ -43,12 +42,7 @@ from kvmd.protection.guest_memfd import GuestMemfdProtection
 from kvmd.protection.none import NoProtection
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
-from kvmd.units import MIB
-
-_QUEUE_NOTIFY = 0x50
-"""The register of the virtio MMIO transport that a driver writes to notify a queue (virtio 1.2, 4.2.2)."""
-
-_QUEUE_NOTIFY_BYTES = 4
+from kvmd.units import MIB, format_size
 
 _PINNED = GpaRange(0, MIB)
 """What firmware would have left there, ACPI's tables among it, never turns private."""
@@ -86,6 +80,11 @@ def open_linux(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardwar
     """
     if devices > len(DEVICE_GSIS):
         raise ConfigError(f"{devices} devices are too many: a machine has interrupt lines for {len(DEVICE_GSIS)}")
+    if spec.protection == "guest-memfd" and spec.memory > LOW_MEMORY_END:
+        raise ConfigError(
+            f"memory: with protection guest-memfd Linux has at most {format_size(LOW_MEMORY_END)}, the memory below "
+            "its devices"
+        )
     boot = plan_linux(
         image.kernel,
         memory_size=spec.memory,
@@ -116,10 +115,11 @@ def open_linux(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardwar
             **protection.facts(),
             "kvm_options": enabled,
         }
-        if choice.why:
-            facts["protection_because"] = choice.why
+        hole = None if len(boot.memory) == 1 else GpaRange(boot.memory[0].end, boot.memory[1].start)
         return Hardware(
-            vcpus, protection, boot, shared, state, pinned, lock, facts, stack.pop_all(), platform=platform
+            *(vcpus, protection, boot, shared, state, pinned, lock, facts, stack.pop_all()),
+            platform=platform,
+            hole=hole,
         )
 
 
@@ -182,10 +182,7 @@ def _platform(vm: Vm, devices: int, stack: ExitStack) -> Platform:
         window = GpaRange.of_size(DEVICES_START + index * DEVICE_SIZE, DEVICE_SIZE)
         interrupt = stack.enter_context(InterruptLine())
         vm.connect_interrupt(interrupt.fileno(), gsi)
-        notification = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        stack.callback(os.close, notification)
-        vm.connect_notification(notification, window.start + _QUEUE_NOTIFY, _QUEUE_NOTIFY_BYTES)
-        places.append(DevicePlace(window, gsi, interrupt, notification))
+        places.append(DevicePlace(window, gsi, interrupt, vm.connect_notification))
     return Platform(console, tuple(places))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -37,6 +38,7 @@ from kvmd.errors import ImageError, MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
 from kvmd.hardware import Hardware
 from kvmd.linux.kernel import parse_kernel
+from kvmd.linux_devices import LinuxDevices, device_count
 from kvmd.linux_hardware import LinuxImage
 from kvmd.memory.accessor import HostAccessor
 from kvmd.payload.elf import parse_elf
@@ -45,6 +47,7 @@ from kvmd.run_gate import RunGate
 from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
 from kvmd.units import GIB, format_size
+from kvmd.virtio.serving import serve
 from kvmd.vcpu_tasks import VcpuTasks
 
 _COM1 = 0x3F8
@@ -80,22 +83,28 @@ class Machine(Closing):
         self.typed = ConsoleInput()
         self.ports = PortBus()
         self.mmio = MmioCounter()
-        devices: MmioBus | None = None
-        switch: EndSwitch | None = None
-        if hardware.platform is None:
-            self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console, self.typed))
-        else:
-            line = hardware.platform.console
-            self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console, self.typed, line.pull))
-            devices, switch = MmioBus(), EndSwitch()
-            _add_power(self.ports, switch)
         self._hardware = hardware
         self._gate = gate
         self._parked = parked
         self._state = hardware.state
         self._memory_lock = hardware.lock
         self.pinned = hardware.pinned
-        self.memory = HostAccessor(hardware.state, hardware.shared, hardware.lock)
+        self.memory = HostAccessor(
+            hardware.state,
+            hardware.shared,
+            hardware.lock,
+            # A payload's memory that never converts is all pinned; what asks for views is Linux's devices alone.
+            converts=hardware.pinned != hardware.state.range,
+            hole=hardware.hole,
+        )
+        bus, switch = (None, None) if hardware.platform is None else (MmioBus(), EndSwitch())
+        line = None if hardware.platform is None else hardware.platform.console
+        uart = Uart16550(self.console, self.typed) if line is None else Uart16550(self.console, self.typed, line.pull)
+        self.ports.add(_COM1, _UART_PORTS, uart)
+        self._devices: LinuxDevices | None = None
+        if hardware.platform is not None and bus is not None and switch is not None:
+            _add_power(self.ports, switch)
+            self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus)
         limits = Limits(
             chunk_bytes=spec.conversion.chunk,
             no_progress=spec.conversion.no_progress_limit,
@@ -104,12 +113,13 @@ class Machine(Closing):
         )
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
         self._service = ConversionService(rules, hardware.protection, memory_lock=hardware.lock, ring=self.records)
-        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, devices, switch)
+        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
             "vcpus": spec.vcpus,
             "memory": format_size(spec.memory),
             **hardware.facts,
+            **({} if self._devices is None else self._devices.facts),
         }
         self._state_name = "created"
 
@@ -129,7 +139,7 @@ class Machine(Closing):
         file = _read_image(spec.guest) if image is None else _read_open_image(image, spec.guest)
         if spec.kernel is not None:
             initrd = b"" if spec.initrd is None else _read_image(spec.initrd)
-            hardware = open_linux_hardware(spec, LinuxImage(parse_kernel(file), initrd), devices=0)
+            hardware = open_linux_hardware(spec, LinuxImage(parse_kernel(file), initrd), devices=device_count(spec))
         else:
             hardware = open_hardware(spec, parse_elf(file), gate.quiesce)
         try:
@@ -161,6 +171,8 @@ class Machine(Closing):
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._service.run)
                 nursery.start_soon(self._count)
+                for device in () if self._devices is None else self._devices.virtio:
+                    nursery.start_soon(serve, device)
                 stop = await self._tasks.run()
                 nursery.cancel_scope.cancel()
         finally:
@@ -215,7 +227,10 @@ class Machine(Closing):
             self._hardware.resources.pop_all()
             return
         self._service.dispose()
-        self._hardware.resources.close()
+        with ExitStack() as stack:
+            stack.callback(self._hardware.resources.close)
+            if self._devices is not None:
+                self._devices.close()
 
     async def _count(self) -> None:
         """Count conversions now and then, not while a vCPU waits for its answer."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from kvmd.errors import ConfigError
+from kvmd.network.spec import NetworkSpec, networks_of
 from kvmd.toml_file import Keys, read_toml, refuse_unknown, shown, suggestion
 from kvmd.units import GIB, MIB, PAGE_MASK, PAGE_SIZE, format_size, parse_size
 
@@ -23,6 +24,8 @@ VCPU_LIMIT = 4096
 """vCPUs that a file may ask for; how many this host allows is known when the machine is opened."""
 
 ARGUMENT_LIMIT = 8
+
+DISKS_LIMIT = 8
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 _PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
@@ -41,6 +44,10 @@ _KEYS = Keys(
         "kernel": "the path of a bzImage, or of an ELF vmlinux with PVH, relative to this file; in place of image",
         "initrd": "the path of an initial RAM disk, relative to this file",
         "cmdline": 'the kernel\'s command line, such as "console=ttyS0"',
+        "disks": f"up to {DISKS_LIMIT} tables, [[disks]], with keys of their own",
+        "networks": "up to 8 tables, [[networks]], with keys of their own",
+        "entropy": "true or false",
+        "balloon": "true or false",
         "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
         "memory": 'a size in pages of 4 KiB, such as "64M"',
         "accelerator": '"auto", "kvm" or "software"',
@@ -87,6 +94,29 @@ class ConversionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         _KEYS.need("conversion.max_ranges", self.max_ranges, 1 <= self.max_ranges <= _RANGES_LIMIT)
 
 
+_DISK_KEYS = Keys(
+    {
+        "path": "the path of a raw disk image, relative to this file",
+        "read_only": "true or false",
+        "direct": "true or false",
+    }
+)
+
+
+class DiskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One disk of a Linux guest: /dev/vda, /dev/vdb, ... in their order.
+
+    Attributes:
+        path: a raw image: an ordinary file, or a block device.
+        read_only: the guest cannot write to it; then other machines may read it, too.
+        direct: past the host's page cache (O_DIRECT).
+    """
+
+    path: Path
+    read_only: bool = False
+    direct: bool = False
+
+
 class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A machine, complete and checked; what only the host can tell is checked when it is opened.
 
@@ -95,6 +125,10 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         kernel: a Linux guest's kernel; None for a payload.
         initrd: of Linux, its initial RAM disk.
         cmdline: of Linux, the kernel's command line.
+        disks: of Linux, its disks.
+        networks: of Linux, its network cards.
+        entropy: of Linux, whether it has a source of randomness.
+        balloon: of Linux, whether it can give memory back.
         name: by default made of the image's file name.
         vcpus: how many, from 1.
         memory: bytes, a multiple of the page size.
@@ -114,9 +148,6 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """
 
     image: Path | None = None
-    kernel: Path | None = None
-    initrd: Path | None = None
-    cmdline: str = ""
     name: str = ""
     vcpus: int = 1
     memory: int = 64 * MIB
@@ -126,6 +157,13 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     initial: Literal["private", "shared", ""] = ""
     cpl: Literal[0, 3] = 3
     arguments: tuple[int, ...] = ()
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    disks: tuple[DiskSpec, ...] = ()
+    networks: tuple[NetworkSpec, ...] = ()
+    entropy: bool = True
+    balloon: bool = False
     conversion: ConversionSpec = msgspec.field(default_factory=ConversionSpec)
 
     def __post_init__(self) -> None:
@@ -153,12 +191,33 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise ConfigError(f'protection: "{self.protection}" is not built yet: expected ' + _KEYS["protection"])
         _KEYS.need("protection", self.protection, self.protection in _PROTECTIONS)
         # The type says so too, but a spec that a program makes has not been through msgspec.
+        self._check_kind()
         _KEYS.need("accelerator", self.accelerator, self.accelerator in _ACCELERATORS)
         _KEYS.need("tripwire", self.tripwire, self.tripwire in _TRIPWIRES)
         _KEYS.need("initial", self.initial, self.initial in {"private", "shared"})
         _KEYS.need("cpl", self.cpl, self.cpl in {0, 3})
         _KEYS.need("arguments", list(self.arguments), len(self.arguments) <= ARGUMENT_LIMIT)
         _KEYS.need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))
+
+    def _check_kind(self) -> None:
+        """Refuse what belongs to the other kind of guest."""
+        if self.kernel is None:
+            for key in ("initrd", "cmdline", "disks", "networks", "balloon"):
+                if getattr(self, key):
+                    raise ConfigError(f"{key}: only Linux has it, and this machine has no kernel: give one, or leave it out")
+            return
+        if self.protection not in {"none", "guest-memfd"}:
+            raise ConfigError(
+                f'protection: "{self.protection}" is not for Linux, which knows nothing of two views of its memory: '
+                'expected "none", or "guest-memfd" with initial = "shared"'
+            )
+        if self.initial == "private":
+            raise ConfigError(
+                'initial: "private" is not possible for Linux: a kernel cannot be put into private memory, nor converts '
+                'it any by itself: expected "shared"'
+            )
+        if self.arguments:
+            raise ConfigError("arguments: only payloads have them: expected cmdline, for Linux")
 
     @property
     def guest(self) -> Path:
@@ -213,6 +272,10 @@ def spec_of(document: Mapping[str, object], *, base: Path) -> MachineSpec:
     for key in ("kernel", "initrd"):
         if key in document:
             complete[key] = resolve_file(key, document[key], base=base)
+    if "disks" in document:
+        complete["disks"] = _disks_of(document["disks"], base=base)
+    if "networks" in document:
+        complete["networks"] = networks_of(document["networks"])
     try:
         return msgspec.convert(complete, MachineSpec)
     except msgspec.ValidationError as error:
@@ -242,6 +305,26 @@ def resolve_image(image: object, *, base: Path) -> Path:
             f"the built-in ones are {', '.join(GUESTS)}"
         )
     return GUESTS[name].path
+
+
+def _disks_of(tables: object, *, base: Path) -> tuple[DiskSpec, ...]:
+    if not isinstance(tables, list) or len(tables) > DISKS_LIMIT:
+        raise ConfigError(f"disks: {shown(tables)} is not possible: expected {_KEYS['disks']}")
+    return tuple(_disk_of(table, f"disks[{index}]", base) for index, table in enumerate(tables))
+
+
+def _disk_of(table: object, where: str, base: Path) -> DiskSpec:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: {shown(table)} is not possible: expected a table, [[disks]]")
+    refuse_unknown(table, DiskSpec, f"{where}.")
+    path = table.get("path")
+    if not isinstance(path, str) or not path or "\0" in path:
+        problem = "is missing" if path is None else f"{shown(path)} is not possible"
+        raise ConfigError(f"{where}.path: {problem}: expected {_DISK_KEYS['path']}")
+    try:
+        return msgspec.convert({**table, "path": base / path}, DiskSpec)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}.{_DISK_KEYS.refused(error, table)}") from error
 
 
 def resolve_file(key: str, file: object, *, base: Path) -> Path:

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("machine's end", ("kvmd.machine_end",)),
     ("what runs", ("kvmd.runnable",)),
     ("machine", ("kvmd.machine",)),
+    ("Linux's devices", ("kvmd.linux_devices",)),
     ("accelerator", ("kvmd.accelerator",)),
     ("hardware of others than payloads on KVM", ("kvmd.software_hardware", "kvmd.linux_hardware")),
     ("hardware", ("kvmd.hardware",)),

@@ -251,7 +251,7 @@ KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3  # Linux 6.8
 GUEST_MEMFD_FLAG_MMAP = 1 << 0  # Linux 6.18
 GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1  # Linux 6.18
 KVM_PIT_SPEAKER_DUMMY = 1 << 0
-KVM_IRQFD_FLAG_DEASSIGN = 1 << 0
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
 KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7  # Linux 6.12; deleting a slot drops the page tables of the whole VM
 KVM_HC_MAP_GPA_RANGE = 12  # linux/kvm_para.h; also its bit in KVM_CAP_EXIT_HYPERCALL
 

@@ -24,6 +24,7 @@ from kvmd.kvm.uapi import (
     KVM_CREATE_VCPU,
     KVM_ENABLE_CAP,
     KVM_IOEVENTFD,
+    KVM_IOEVENTFD_FLAG_DATAMATCH,
     KVM_IRQFD,
     KVM_MEM_GUEST_MEMFD,
     KVM_PIT_SPEAKER_DUMMY,
@@ -217,18 +218,17 @@ class Vm(Closing):
         if raw_ioctl(self._fd.fileno(), KVM_IRQFD, ctypes.addressof(argument)):
             _fail(f"connect an eventfd to interrupt line {gsi}")
 
-    def connect_notification(self, eventfd: int, gpa: int, size_bytes: int) -> None:
-        """Write ``eventfd`` whenever the guest stores ``size_bytes`` at ``gpa``, whatever it stores (4.59 KVM_IOEVENTFD).
+    def connect_notification(self, eventfd: int, gpa: int, value: int) -> None:
+        """Write ``eventfd`` whenever the guest stores ``value`` in 32 bits at ``gpa`` (4.59 KVM_IOEVENTFD).
 
-        The vCPU does not leave KVM_RUN for it. It lasts until the eventfd's last descriptor is closed, or the VM is
-        gone.
+        The vCPU does not leave KVM_RUN for it. It lasts until the VM is gone, which keeps the eventfd alive.
 
         Raises:
-            BackendError: KVM refused, such as EEXIST for an address that is connected already.
+            BackendError: KVM refused, such as EEXIST for an address and value that are connected already.
         """
-        argument = IoEventFd(addr=gpa, len=size_bytes, fd=eventfd)
+        argument = IoEventFd(datamatch=value, addr=gpa, len=4, fd=eventfd, flags=KVM_IOEVENTFD_FLAG_DATAMATCH)
         if raw_ioctl(self._fd.fileno(), KVM_IOEVENTFD, ctypes.addressof(argument)):
-            _fail(f"connect an eventfd to the {size_bytes} bytes at {gpa:#x}")
+            _fail(f"connect an eventfd to a store of {value} at {gpa:#x}")
 
     def create_vcpu(self, index: int, layout: FaultLayout) -> KvmVcpu:
         """Create vCPU number ``index`` (4.7 KVM_CREATE_VCPU), whose memory faults come as ``layout`` says.

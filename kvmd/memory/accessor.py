@@ -42,17 +42,19 @@ class HostAccessor:
         shared: the backing of the shared view.
         lock: the memory lock, which every conversion holds.
         converts: whether a page may ever be converted. Where none may (``protection none``), ``view`` needs no lock.
+        hole: addresses within it that are no memory: where a Linux guest's devices are, with memory on both sides.
 
     Attributes:
         converts: as given.
     """
 
-    def __init__(self, state: PageStateMap, shared: Backing, lock: threading.Lock, *, converts: bool = True) -> None:
+    def __init__(self, state: PageStateMap, shared: Backing, lock: threading.Lock, *, converts: bool = True, hole: GpaRange | None = None) -> None:
         self._state = state
         self._shared = shared
         self._lock = lock
         self._end = state.range.end
         self.converts = converts
+        self._hole_start, self._hole_end = (self._end, self._end) if hole is None else (hole.start, hole.end)
 
     def read(self, gpa: int, size_bytes: int) -> bytes:
         """Copy ``size_bytes`` from ``gpa``.
@@ -98,7 +100,7 @@ class HostAccessor:
         end = gpa + size_bytes
         if self.converts:
             self._require_shared(gpa, size_bytes)
-        elif size_bytes <= 0 or gpa < 0 or end > self._end:
+        elif size_bytes <= 0 or gpa < 0 or end > self._end or (gpa < self._hole_end and end > self._hole_start):
             raise OutsideMemory(f"{size_bytes} bytes at {gpa:#x} are not within memory {self._state.range}")
         return self._shared.view[gpa:end]
 
@@ -131,7 +133,8 @@ class HostAccessor:
         return discarded
 
     def _require_shared(self, gpa: int, size_bytes: int) -> None:
-        if size_bytes <= 0 or gpa < 0 or gpa + size_bytes > self._end:
+        end = gpa + size_bytes
+        if size_bytes <= 0 or gpa < 0 or end > self._end or (gpa < self._hole_end and end > self._hole_start):
             raise OutsideMemory(f"{size_bytes} bytes at {gpa:#x} are not within memory {self._state.range}")
         pages = GpaRange(page_floor(gpa), page_ceil(gpa + size_bytes))
         private = self._state.first_in_state(PageState.PRIVATE, pages)
