@@ -37,6 +37,7 @@ class Facility(enum.Enum):
     COMPILER = "KVMD_TEST_COMPILER"
     SOFTWARE = "KVMD_TEST_SOFTWARE"
     NETWORK = "KVMD_TEST_NETWORK"
+    ACPI = "KVMD_TEST_ACPI"
 
 
 class Gate(enum.Enum):
@@ -146,7 +147,14 @@ def missing_network() -> str | None:
     return in_thread(look)
 
 
+@cache
+def missing_iasl() -> str | None:
+    """Return why ACPI's tables cannot be compiled, or None."""
+    return None if shutil.which("iasl") else "there is no iasl: install acpica-tools"
+
+
 _MISSING = {
+    Facility.ACPI: missing_iasl,
     Facility.KVM: missing_kvm,
     Facility.PRIVATE_MEMORY: missing_private_memory,
     Facility.COMPILER: missing_compiler,
