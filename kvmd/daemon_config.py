@@ -29,6 +29,11 @@ _KEYS = Keys(
         "api.connections_per_user": "a whole number from 1 to api.connections",
         "images": "a table: [images], with keys of its own",
         "images.folders": 'a list of absolute paths of folders, such as ["/var/lib/kvmd/images"]',
+        "disks": "a table: [disks], with keys of its own",
+        "disks.folders": 'a list of absolute paths of folders, such as ["/var/lib/kvmd/disks"]',
+        "networks": "a table: [networks], with keys of its own",
+        "networks.bridges": 'a list of names of bridges, such as ["br0"]',
+        "networks.namespaces": "true or false",
     }
 )
 """What would be right, by key: the second half of every message."""
@@ -66,7 +71,7 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Guests' images.
+    """Guests' images, and Linux guests' kernels and initial RAM disks.
 
     Attributes:
         folders: operators may start the files in them.
@@ -79,6 +84,32 @@ class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             _KEYS.need("images.folders", folder, _is_path(folder))
 
 
+class DisksConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Linux guests' disks.
+
+    Attributes:
+        folders: operators may give the files in them to guests, which write to them.
+    """
+
+    folders: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for folder in self.folders:
+            _KEYS.need("disks.folders", folder, _is_path(folder))
+
+
+class NetworksConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Linux guests' networks.
+
+    Attributes:
+        bridges: operators may attach guests to these, and have those made that are not there.
+        namespaces: operators may give guests a network namespace.
+    """
+
+    bridges: tuple[str, ...] = ()
+    namespaces: bool = False
+
+
 class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of the file.
 
@@ -88,6 +119,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     api: ApiConfig = msgspec.field(default_factory=ApiConfig)
     images: ImagesConfig = msgspec.field(default_factory=ImagesConfig)
+    disks: DisksConfig = msgspec.field(default_factory=DisksConfig)
+    networks: NetworksConfig = msgspec.field(default_factory=NetworksConfig)
 
 
 def load_daemon_config(path: Path) -> DaemonConfig:
@@ -111,7 +144,8 @@ def daemon_config_of(document: Mapping[str, object]) -> DaemonConfig:
         ConfigError: it cannot be meant; one line with key and what would be right.
     """
     refuse_unknown(document, DaemonConfig)
-    for name, kind in (("api", ApiConfig), ("images", ImagesConfig)):
+    kinds = (("api", ApiConfig), ("images", ImagesConfig), ("disks", DisksConfig), ("networks", NetworksConfig))
+    for name, kind in kinds:
         table = document.get(name, {})
         if isinstance(table, Mapping):
             refuse_unknown(table, kind, f"{name}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from kvmd.closing import Closing
@@ -39,8 +39,17 @@ class LinuxDevices(Closing):
         self._resources = ExitStack()
 
     @classmethod
-    def open(cls, spec: MachineSpec, platform: Platform, memory: HostAccessor, bus: MmioBus) -> LinuxDevices:
+    def open(
+        cls, spec: MachineSpec, platform: Platform, memory: HostAccessor, bus: MmioBus, opened: Mapping[str, int]
+    ) -> LinuxDevices:
         """Open what the spec asks for, and put it on the bus.
+
+        Args:
+            spec: of the machine.
+            platform: what the devices are connected to.
+            memory: the guest's.
+            bus: where their registers go.
+            opened: open files in place of those that the spec names, by key (``MachineSpec.files``).
 
         Raises:
             ConfigError: a disk cannot be had; nothing is left behind.
@@ -48,7 +57,7 @@ class LinuxDevices(Closing):
         """
         devices = cls()
         try:
-            for place, (name, model) in zip(platform.places, devices._models(spec, memory), strict=True):
+            for place, (name, model) in zip(platform.places, devices._models(spec, memory, opened), strict=True):
                 devices._add(name, model, place, memory, bus)
         except BaseException:
             devices.close()
@@ -63,10 +72,17 @@ class LinuxDevices(Closing):
         """
         self._resources.close()
 
-    def _models(self, spec: MachineSpec, memory: HostAccessor) -> Sequence[tuple[str, DeviceModel]]:
+    def _models(
+        self, spec: MachineSpec, memory: HostAccessor, opened: Mapping[str, int]
+    ) -> Sequence[tuple[str, DeviceModel]]:
         models: list[tuple[str, DeviceModel]] = []
         for index, disk in enumerate(spec.disks):
-            raw = RawDisk(disk.path, read_only=disk.read_only, direct=disk.direct)
+            raw = RawDisk(
+                disk.path,
+                read_only=disk.read_only,
+                direct=disk.direct,
+                opened=opened.get(f"disks[{index}].path"),
+            )
             self._resources.callback(raw.close)
             models.append((f"disk{index}", BlockDevice(raw)))
         if spec.networks:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import stat
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Self
 
 import structlog
@@ -34,8 +32,9 @@ from kvmd.devices.power import (
     keyboard_reset,
 )
 from kvmd.devices.uart16550 import Uart16550
-from kvmd.errors import ImageError, MachineStateError
+from kvmd.errors import MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
+from kvmd.guest_files import read_file
 from kvmd.hardware import Hardware
 from kvmd.linux.kernel import parse_kernel
 from kvmd.linux_devices import LinuxDevices, device_count
@@ -46,7 +45,7 @@ from kvmd.ranges import GpaRange, PageState
 from kvmd.run_gate import RunGate
 from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
-from kvmd.units import GIB, format_size
+from kvmd.units import format_size
 from kvmd.virtio.serving import serve
 from kvmd.vcpu_tasks import VcpuTasks
 
@@ -54,9 +53,6 @@ _COM1 = 0x3F8
 _UART_PORTS = 8
 _COUNT_SECONDS = 1.0
 _COUNT_AT_ONCE = 256
-_READ_AT_ONCE = 1 << 20
-_IMAGE_LIMIT = GIB
-"""The largest image file that is read."""
 
 
 class Machine(Closing):
@@ -75,7 +71,9 @@ class Machine(Closing):
         facts: for the first log line.
     """
 
-    def __init__(self, spec: MachineSpec, hardware: Hardware, gate: RunGate, parked: _Parked) -> None:
+    def __init__(
+        self, spec: MachineSpec, hardware: Hardware, gate: RunGate, parked: _Parked, opened: Mapping[str, int]
+    ) -> None:
         self.spec = spec
         self.records = RecordRing()
         self.stats = ConversionStats(self.records.reader())
@@ -104,7 +102,7 @@ class Machine(Closing):
         self._devices: LinuxDevices | None = None
         if hardware.platform is not None and bus is not None and switch is not None:
             _add_power(self.ports, switch)
-            self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus)
+            self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus, opened)
         limits = Limits(
             chunk_bytes=spec.conversion.chunk,
             no_progress=spec.conversion.no_progress_limit,
@@ -124,26 +122,29 @@ class Machine(Closing):
         self._state_name = "created"
 
     @classmethod
-    def open(cls, spec: MachineSpec, *, image: int | None = None) -> Self:
+    def open(cls, spec: MachineSpec, *, files: Sequence[int] = ()) -> Self:
         """Read the image and build the machine.
 
         Args:
             spec: what it is made of.
-            image: an open file to read in place of ``spec.image``, from its beginning; it stays open.
+            files: open ones to read in place of those that the spec names, one for each of ``spec.files``, from their
+                beginning; or none. They stay open.
 
         Raises:
             KvmdError: it cannot be built; nothing is left behind.
         """
         parked = _Parked()
         gate = RunGate(parked.set)
-        file = _read_image(spec.guest) if image is None else _read_open_image(image, spec.guest)
+        opened = dict(zip((key for key, _ in spec.files), files, strict=True)) if files else {}
         if spec.kernel is not None:
-            initrd = b"" if spec.initrd is None else _read_image(spec.initrd)
-            hardware = open_linux_hardware(spec, LinuxImage(parse_kernel(file), initrd), devices=device_count(spec))
+            kernel = parse_kernel(read_file("kernel", spec.kernel, opened.get("kernel")))
+            initrd = b"" if spec.initrd is None else read_file("initrd", spec.initrd, opened.get("initrd"))
+            hardware = open_linux_hardware(spec, LinuxImage(kernel, initrd), devices=device_count(spec))
         else:
-            hardware = open_hardware(spec, parse_elf(file), gate.quiesce)
+            image = parse_elf(read_file("image", spec.guest, opened.get("image")))
+            hardware = open_hardware(spec, image, gate.quiesce)
         try:
-            return cls(spec, hardware, gate, parked)
+            return cls(spec, hardware, gate, parked, opened)
         except BaseException:
             hardware.resources.close()
             raise
@@ -277,28 +278,3 @@ def _add_power(ports: PortBus, switch: EndSwitch) -> None:
     ports.add(RESET_PORT, 1, acpi_reset(switch))
     ports.add(KEYBOARD_COMMAND_PORT, 1, keyboard_reset(switch))
     ports.add(PANIC_PORT, 1, PanicPort(switch))
-
-
-def _read_image(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _IMAGE_LIMIT:
-            raise ImageError(f"{path} is larger than {format_size(_IMAGE_LIMIT)}: not an image that kvmd loads")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
-
-
-def _read_open_image(fd: int, path: Path) -> bytes:
-    try:
-        about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            raise ImageError(f"the image {path} is not a regular file")
-        if about.st_size > _IMAGE_LIMIT:
-            raise ImageError(f"{path} is larger than {format_size(_IMAGE_LIMIT)}: not an image that kvmd loads")
-        # Whoever opened it may be using its position.
-        data = bytearray()
-        while len(data) <= _IMAGE_LIMIT and (more := os.pread(fd, _READ_AT_ONCE, len(data))):
-            data += more
-        return bytes(data)
-    except OSError as error:
-        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error

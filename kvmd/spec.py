@@ -199,6 +199,15 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         _KEYS.need("arguments", list(self.arguments), len(self.arguments) <= ARGUMENT_LIMIT)
         _KEYS.need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))
 
+    @property
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """The files that the guest is made of, each with its key: what somebody may bring along, already open."""
+        if self.kernel is None:
+            return (("image", self.guest),)
+        initrd = () if self.initrd is None else (("initrd", self.initrd),)
+        disks = tuple((f"disks[{index}].path", disk.path) for index, disk in enumerate(self.disks))
+        return (("kernel", self.kernel), *initrd, *disks)
+
     def _check_kind(self) -> None:
         """Refuse what belongs to the other kind of guest."""
         if self.kernel is None:

@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),
     ("accelerators", ("kvmd.kvm", "kvmd.software")),
-    ("last words", ("kvmd.last_words",)),
+    ("last words, guest files", ("kvmd.last_words", "kvmd.guest_files")),
     ("stop reasons", ("kvmd.stop",)),
     ("accelerator's language", ("kvmd.hv",)),
     ("words of the command line", ("kvmd.options", "kvmd.picture", "kvmd.lazy_group")),

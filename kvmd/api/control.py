@@ -52,6 +52,9 @@ class ControlApi:
             fleet=fleet,
             host=HostFacts.model_validate(host),
             image_folders=[Path(folder) for folder in config.images.folders],
+            disk_folders=[Path(folder) for folder in config.disks.folders],
+            bridges=config.networks.bridges,
+            namespaces=config.networks.namespaces,
             figures=self._figures,
         )
         limits = Limits(

@@ -27,7 +27,7 @@ def machine_process(folder: Path) -> int:
     with ExitStack() as stack:
         opened = stack.enter_context(MachineFolder.open(folder))
         listening = _listen(opened, folder)
-        inherited = Inheritance(os.dup(opened.fd), listening.detach(), None, None)
+        inherited = Inheritance(os.dup(opened.fd), listening.detach(), None, ())
     return live(inherited, Machine.open)
 
 

@@ -49,13 +49,13 @@ class Inheritance:
         folder: of the machine's folder.
         listening: of its control socket, bound and listening.
         birth: of a pipe for ``Birth``, or None where nobody waits for it.
-        image: of the image, or None for the one that the spec names.
+        files: in place of those that the spec names (``MachineSpec.files``), one for each; or none.
     """
 
     folder: int
     listening: int
     birth: int | None
-    image: int | None
+    files: tuple[int, ...]
 
 
 def live(inherited: Inheritance, open_machine: OpenMachine) -> int:
@@ -81,13 +81,13 @@ def live(inherited: Inheritance, open_machine: OpenMachine) -> int:
             _name_process(about.spec.name)
             buffer = LogBuffer(is_terminal=False)
             log.configure(log_format="json", stream=buffer)
-            machine = open_machine(about.spec, image=inherited.image)
+            machine = open_machine(about.spec, files=inherited.files)
         except (KvmdError, OSError) as error:
             teller.tell(Birth(pid, ticks, problem=_one_line(error), kind=_kind(error)))
             return ExitStatus.CONFIG if isinstance(error, ConfigError | ImageError) else ExitStatus.HOST
         stack.callback(machine.close)
-        if inherited.image is not None:
-            os.close(inherited.image)
+        for fd in inherited.files:
+            os.close(fd)
         host = MachineHost(machine, folder, log_buffer=buffer, log=structlog.get_logger("kvmd"))
         server = ControlServer(listening, pid, ticks)
 

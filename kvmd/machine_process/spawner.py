@@ -30,9 +30,11 @@ from kvmd.machine_process.folder import END, EXIT, EndFile, ExitFile, MachineFol
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, live
 from kvmd.machine_process.spawning import PACKET_LIMIT, Reaped, Spawn, Spawned
+from kvmd.spec import DISKS_LIMIT
 from kvmd.stop import ExitStatus
 
-_DESCRIPTORS = 4
+_DESCRIPTORS = 3 + 2 + DISKS_LIMIT
+"""Folder, socket and pipe; kernel and initrd, or an image; disks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,8 @@ class Spawner:
             return False
         try:
             number = msgspec.msgpack.decode(data, type=Spawn).number
-            folder, listening, birth, *image = fds
-            child = self._fork(Inheritance(folder, listening, birth, image[0] if image else None))
+            folder, listening, birth, *files = fds
+            child = self._fork(Inheritance(folder, listening, birth, tuple(files)))
         except (msgspec.MsgspecError, OSError, ValueError) as error:
             for fd in fds:
                 os.close(fd)

@@ -40,6 +40,8 @@ class RawDisk(Closing):
         direct: go past the host's page cache (O_DIRECT) where a request is aligned for it: for data that the guest
             caches itself, so that it is not held twice.
 
+        opened: the disk, open already, whatever ``path`` leads to by now; it is opened anew, and not closed.
+
     Attributes:
         size_bytes: a multiple of 512.
         read_only: as given.
@@ -51,8 +53,11 @@ class RawDisk(Closing):
             cannot be opened with O_DIRECT.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, direct: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, read_only: bool = False, direct: bool = False, opened: int | None = None
+    ) -> None:
         self.path = os.fspath(path)
+        self._opened = opened
         self.read_only = read_only
         self.direct = direct
         self.block_bytes = SECTOR_BYTES
@@ -74,7 +79,8 @@ class RawDisk(Closing):
         way = os.O_RDONLY if self.read_only else os.O_RDWR
         try:
             # O_NONBLOCK: opening a FIFO must not wait for its other end. It means nothing to files and block devices.
-            return os.open(self.path, way | flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+            path = self.path if self._opened is None else f"/proc/self/fd/{self._opened}"
+            return os.open(path, way | flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as error:
             match error.errno:
                 case errno.ENOENT | errno.ENOTDIR:

@@ -90,7 +90,7 @@ def walked(tables: bytes, cr3: int, address: int) -> int:
         assert entry & 0x3 == 0x3
         table = entry & ~0xFFF
     assert entry & 0x80
-    return entry & ~0x1F_FFFF | address & 0x1F_FFFF
+    return int(entry) & ~0x1F_FFFF | address & 0x1F_FFFF
 
 
 def test_pvh() -> None:
