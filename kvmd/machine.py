@@ -51,6 +51,7 @@ from kvmd.vcpu_tasks import VcpuTasks
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
+_PANIC_LINES = 20
 _COUNT_SECONDS = 1.0
 _COUNT_AT_ONCE = 256
 
@@ -178,6 +179,9 @@ class Machine(Closing):
                 nursery.cancel_scope.cancel()
         finally:
             self._state_name = "stopped"
+        if stop.reason is StopReason.GUEST_PANIC:
+            lines = self.console.tail().decode(errors="replace").splitlines()[-_PANIC_LINES:]
+            log.error("console-tail", lines=lines)
         return stop
 
     def stop(self) -> None:
