@@ -30,12 +30,12 @@ def patched(file: bytes, field: Field, value: int) -> bytes:
     return bytes(changed)
 
 
-def bzimage(fields: dict[Field, int] | None = None) -> bytes:
+def bzimage(fields: dict[Field, int] | None = None, payload: bytes = PAYLOAD) -> bytes:
     """Return a bzImage of boot protocol 2.15 for 64 bits, relocatable, that wants to be at 16 MiB."""
-    file = bytes((SETUP_SECTORS + 1) * 512) + PAYLOAD
+    file = bytes((SETUP_SECTORS + 1) * 512) + payload
     file = patched(file, (0x1F1, "<B"), SETUP_SECTORS)
     values = {
-        PARAGRAPHS: len(PAYLOAD) // 16,
+        PARAGRAPHS: len(payload) // 16,
         BOOT_FLAG: 0xAA55,
         (0x200, "<H"): 0x6AEB,  # a jump over 0x6a bytes: the header ends at 0x26c
         MAGIC: int.from_bytes(b"HdrS", "little"),
@@ -52,6 +52,12 @@ def bzimage(fields: dict[Field, int] | None = None) -> bytes:
     for field, value in values.items():
         file = patched(file, field, value)
     return file
+
+
+def running(code: bytes) -> bytes:
+    """Return a bzImage whose 64-bit entry point is ``code``."""
+    payload = bytes(0x200) + code
+    return bzimage(payload=payload.ljust(-(-len(payload) // 16) * 16, b"\xf4"))
 
 
 def note(owner: bytes, kind: int, contents: bytes) -> bytes:
