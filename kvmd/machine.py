@@ -46,8 +46,8 @@ from kvmd.run_gate import RunGate
 from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
 from kvmd.units import format_size
-from kvmd.virtio.serving import serve
 from kvmd.vcpu_tasks import VcpuTasks
+from kvmd.virtio.serving import serve
 
 _COM1 = 0x3F8
 _UART_PORTS = 8

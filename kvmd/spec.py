@@ -213,7 +213,9 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         if self.kernel is None:
             for key in ("initrd", "cmdline", "disks", "networks", "balloon"):
                 if getattr(self, key):
-                    raise ConfigError(f"{key}: only Linux has it, and this machine has no kernel: give one, or leave it out")
+                    raise ConfigError(
+                        f"{key}: only Linux has it, and this machine has no kernel: give one, or leave it out"
+                    )
             return
         if self.protection not in {"none", "guest-memfd"}:
             raise ConfigError(

@@ -86,9 +86,7 @@ _THREAD_LEVEL, _CORE_LEVEL = 1, 2
 _MASK = (1 << 32) - 1
 
 
-def linux_cpuid(
-    entries: Iterable[CpuidEntry], *, index: int, vcpus: int, tsc_deadline: bool
-) -> tuple[CpuidEntry, ...]:
+def linux_cpuid(entries: Iterable[CpuidEntry], *, index: int, vcpus: int, tsc_deadline: bool) -> tuple[CpuidEntry, ...]:
     """Return the CPUID of vCPU ``index`` of ``vcpus``: each a core of its own, all in one socket.
 
     Args:
@@ -97,7 +95,9 @@ def linux_cpuid(
         vcpus: of the machine.
         tsc_deadline: KVM's local APIC has the timer's TSC-deadline mode (KVM_CAP_TSC_DEADLINE_TIMER).
     """
-    made = [_made(entry, index, vcpus, tsc_deadline=tsc_deadline) for entry in entries if entry.function not in _LEFT_OUT]
+    made = [
+        _made(entry, index, vcpus, tsc_deadline=tsc_deadline) for entry in entries if entry.function not in _LEFT_OUT
+    ]
     return (*made, *_topology(index, vcpus))
 
 
@@ -149,5 +149,7 @@ def _cache(entry: CpuidEntry, vcpus: int, *, intel: bool) -> CpuidEntry:
 
 def _topology(index: int, vcpus: int) -> Iterable[CpuidEntry]:
     """Return leaf 0xB: one thread a core, all cores in one socket, and an empty level as the end."""
-    for level, (kind, bits, count) in enumerate(((_THREAD_LEVEL, 0, 1), (_CORE_LEVEL, id_bits(vcpus), vcpus), (0, 0, 0))):
+    for level, (kind, bits, count) in enumerate(
+        ((_THREAD_LEVEL, 0, 1), (_CORE_LEVEL, id_bits(vcpus), vcpus), (0, 0, 0))
+    ):
         yield CpuidEntry(0xB, level, _SIGNIFICANT_INDEX, bits, count, kind << 8 | level, index)

@@ -145,9 +145,7 @@ def plan_linux(
             LinuxWrite(area.start, kernel.payload),
         ]
         registers = Registers(rsi=_PARAMETERS, rip=area.start + kernel.entry_offset, rflags=_RFLAGS)
-        return LinuxBoot(
-            "64-bit", memory, "long", (_GDT, len(gdt)), _PAGE_TABLES, registers, tuple(writes)
-        )
+        return LinuxBoot("64-bit", memory, "long", (_GDT, len(gdt)), _PAGE_TABLES, registers, tuple(writes))
     gdt = struct.pack("<4Q", 0, 0, _FLAT_CODE_32, _FLAT_DATA)
     writes += [
         LinuxWrite(_GDT, gdt),
@@ -162,7 +160,9 @@ def _encoded(command_line: str, kernel: Kernel) -> bytes:
     try:
         line = command_line.encode("ascii")
     except UnicodeEncodeError as error:
-        raise ConfigError(f"cmdline: {command_line[error.start]!r} is no ASCII: the kernel takes nothing else") from None
+        raise ConfigError(
+            f"cmdline: {command_line[error.start]!r} is no ASCII: the kernel takes nothing else"
+        ) from None
     if b"\0" in line or b"\n" in line:
         raise ConfigError("cmdline: it must be one line without NUL characters")
     limit = _PVH_COMMAND_LINE_LIMIT
@@ -197,8 +197,10 @@ def _kernel_area(kernel: Kernel, low_end: int) -> GpaRange:
 
 def _too_small(needed: int) -> ImageError:
     if needed > LOW_MEMORY_END:
-        return ImageError(f"the kernel wants memory up to {needed:#x}: more than the {format_size(LOW_MEMORY_END)} "
-                          "that a machine has below the devices; it is damaged, or not for this machine")
+        return ImageError(
+            f"the kernel wants memory up to {needed:#x}: more than the {format_size(LOW_MEMORY_END)} "
+            "that a machine has below the devices; it is damaged, or not for this machine"
+        )
     return ImageError(
         f"the memory is too small for this kernel: it needs {format_size(-(-needed // MIB) * MIB)} before it has "
         "started; give twice that or more"
@@ -220,7 +222,9 @@ def _place_initrd(initrd: bytes, kernel_area: GpaRange, low_end: int, kernel: Ke
         return gpa
     needed = kernel_area.end + size
     if needed > min(limit, LOW_MEMORY_END) and needed > low_end > limit:
-        raise ImageError(f"the initrd of {format_size(len(initrd))} does not fit below {limit:#x}, where this kernel wants it")
+        raise ImageError(
+            f"the initrd of {format_size(len(initrd))} does not fit below {limit:#x}, where this kernel wants it"
+        )
     raise ImageError(
         f"the initrd of {format_size(len(initrd))} does not fit beside the kernel: give at least "
         f"{format_size(-(-needed // MIB) * MIB)} of memory, better twice that"
@@ -238,9 +242,7 @@ def _memory_map(memory: Sequence[GpaRange]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _zero_page(
-    kernel: BzImage, memory: Sequence[GpaRange], ramdisk: int | None, ramdisk_size: int, rsdp: int
-) -> bytes:
+def _zero_page(kernel: BzImage, memory: Sequence[GpaRange], ramdisk: int | None, ramdisk_size: int, rsdp: int) -> bytes:
     """Return ``struct boot_params``."""
     page = bytearray(PAGE_SIZE)
     page[HEADER_START : HEADER_START + len(kernel.header)] = kernel.header

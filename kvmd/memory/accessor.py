@@ -48,7 +48,15 @@ class HostAccessor:
         converts: as given.
     """
 
-    def __init__(self, state: PageStateMap, shared: Backing, lock: threading.Lock, *, converts: bool = True, hole: GpaRange | None = None) -> None:
+    def __init__(
+        self,
+        state: PageStateMap,
+        shared: Backing,
+        lock: threading.Lock,
+        *,
+        converts: bool = True,
+        hole: GpaRange | None = None,
+    ) -> None:
         self._state = state
         self._shared = shared
         self._lock = lock

@@ -14,7 +14,9 @@ def entry(function: int, index: int = 0, eax: int = 0, ebx: int = 0, ecx: int = 
     return CpuidEntry(function, index, 0, eax, ebx, ecx, edx)
 
 
-def made(*entries: CpuidEntry, index: int = 0, vcpus: int = 1, tsc_deadline: bool = True) -> dict[tuple[int, int], CpuidEntry]:
+def made(
+    *entries: CpuidEntry, index: int = 0, vcpus: int = 1, tsc_deadline: bool = True
+) -> dict[tuple[int, int], CpuidEntry]:
     table = linux_cpuid(entries, index=index, vcpus=vcpus, tsc_deadline=tsc_deadline)
     found = {(e.function, e.index): e for e in table}
     assert len(found) == len(table)
@@ -53,7 +55,9 @@ def test_a_single_processor_claims_no_siblings() -> None:
 
 def test_caches_of_the_third_level_are_everybody_s() -> None:
     l2, l3 = 2 << 5 | 3, 3 << 5 | 3
-    table = made(entry(4, 2, eax=l2 | 0xFFFF_C000), entry(4, 3, eax=l3 | 0xFFFF_C000), entry(0x8000_001D, 3, eax=l3), vcpus=4)
+    table = made(
+        entry(4, 2, eax=l2 | 0xFFFF_C000), entry(4, 3, eax=l3 | 0xFFFF_C000), entry(0x8000_001D, 3, eax=l3), vcpus=4
+    )
     assert table[4, 2].eax == 3 << 26 | l2
     assert table[4, 3].eax == 3 << 26 | 3 << 14 | l3
     assert table[0x8000_001D, 3].eax == 3 << 14 | l3
