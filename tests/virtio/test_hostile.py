@@ -102,13 +102,18 @@ def wrong_order(queue: DriverQueue) -> None:
     queue.offer_head(0)
 
 
+def no_such_next(queue: DriverQueue) -> None:
+    queue.describe(0, 0x1000, 1, DESC_NEXT, 0xFFFF)
+    queue.offer_head(0)
+
+
 MISDEEDS: dict[str, Callable[[DriverQueue], None]] = {
     "a loop": loop,
     "no bytes": one(0x1000, 0),
     "the wrong order": wrong_order,
     "an index too far": lambda queue: queue.set_avail_index(queue.size + 1),
     "no such head": lambda queue: queue.offer_head(queue.size),
-    "no such next": lambda queue: (queue.describe(0, 0x1000, 1, DESC_NEXT, 0xFFFF), queue.offer_head(0))[0],
+    "no such next": no_such_next,
     "an indirect table outside memory": one(SIZE, 16, DESC_INDIRECT),
     "an indirect table at the end of all": one((1 << 64) - 16, 16, DESC_INDIRECT),
     "an endless indirect table": one(0x1000, 0xFFFFFFF0, DESC_INDIRECT),
