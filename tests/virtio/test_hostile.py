@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from kvmd.units import MIB, PAGE_SIZE
+from kvmd.virtio import mmio
 from kvmd.virtio.abi import DESC_INDIRECT, DESC_NEXT, DESC_WRITE, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
@@ -296,3 +297,16 @@ def test_any_queue_is_served_or_fails_its_device(
                 await revived(kind, driver, memory)
 
     trio.run(play)
+
+
+async def test_a_device_whose_queue_was_taken_down_rests_until_a_reset(tmp_path: Path) -> None:
+    async with hostile("entropy", tmp_path) as (driver, memory):
+        driver.start()
+        queue = driver.queues[0]
+        driver.write(mmio.QUEUE_SEL, 0)
+        driver.write(mmio.QUEUE_READY, 0)
+        valid("entropy", queue, memory)
+        await trio.testing.wait_all_tasks_blocked(0.001)
+        assert queue.device_used_index == 0
+        assert not driver.needs_reset
+        await revived("entropy", driver, memory)
