@@ -76,7 +76,8 @@ def valid(kind: str, queue: DriverQueue, memory: Memory) -> None:
 
 
 async def revived(kind: str, driver: Driver, memory: Memory) -> None:
-    driver.start()
+    # As a vCPU would, in a thread: a reset may wait for what the event loop has to finish.
+    await trio.to_thread.run_sync(driver.start)
     queue = driver.queues[BUSY_QUEUE[kind]]
     valid(kind, queue, memory)
     await queue.completed()
