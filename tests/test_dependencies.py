@@ -71,7 +71,7 @@ KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.host_choice", "kvmd.cli")
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
 
 LOCKERS = {
-    "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB"},
+    "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB", "LOCK_UN"},
     "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK"},
 }
 """Who may import what for locks of files: Python keeps them in the module of fcntl and ioctl."""
