@@ -75,7 +75,7 @@ KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.linux_hardware", "kvmd.host_choi
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
 
 LOCKERS = {
-    "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB"},
+    "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB", "LOCK_UN"},
     "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK"},
     "kvmd.network.tap": {"ioctl"},
 }

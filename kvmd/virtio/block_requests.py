@@ -110,6 +110,8 @@ class BlockRequests:
         self._stable = stable
         self._align_mask = disk.block_bytes - 1
         self._errors = 0
+        # One for each worker at most; a mapping, since that is aligned to a page, as O_DIRECT wants.
+        self._buffers: list[memoryview] = []
 
     # -- the event loop's thread ---------------------------------------------------------------------------------------
 
@@ -278,10 +280,15 @@ class BlockRequests:
             self._disk.write(data, request.offset, aligned=aligned, stable=self._stable)
 
     def _bounced(self, request: Request) -> None:
+        buffer = self._buffers.pop() if self._buffers else memoryview(mmap.mmap(-1, _BOUNCE_BYTES))
+        try:
+            self._bounced_through(buffer, request)
+        finally:
+            self._buffers.append(buffer)
+
+    def _bounced_through(self, buffer: memoryview, request: Request) -> None:
         rest: Segments = request.data
         offset = request.offset
-        # A mapping is aligned to a page, as O_DIRECT wants. It goes with the last view of it, which may be an error's.
-        buffer = memoryview(mmap.mmap(-1, min(max(total_bytes(rest), 1), _BOUNCE_BYTES)))
         while rest:
             part, rest = split(rest, len(buffer))
             size_bytes = total_bytes(part)

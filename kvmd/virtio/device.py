@@ -276,16 +276,21 @@ class VirtioDevice(Closing):
                 change(self.queues[index])
 
     def set_ready(self, index: int, *, ready: bool) -> None:
-        """Take QueueReady. A queue becomes ready between FEATURES_OK and DRIVER_OK, and unready by a reset only."""
+        """Take QueueReady (clause 4.2.2). A queue becomes ready between FEATURES_OK and DRIVER_OK.
+
+        It may be taken down at any time, and is not touched any more when this returns; in use, the device rests from
+        then on until it is reset.
+        """
+        if not ready:
+            self._take_down(index)
+            return
         problem = None
         with self._lock:
-            if index >= len(self.queues) or self._status & Status.NEEDS_RESET:
+            if index >= len(self.queues) or self._status & Status.NEEDS_RESET or self.queues[index].ready:
                 return
             queue = self.queues[index]
-            if ready == queue.ready:
-                return
-            if not ready or self._status & Status.DRIVER_OK or not self._status & Status.FEATURES_OK:
-                problem = f"queue {index} was {'set up' if ready else 'taken down'} out of turn"
+            if self._status & Status.DRIVER_OK or not self._status & Status.FEATURES_OK:
+                problem = f"queue {index} was set up out of turn"
             elif not 1 <= queue.size <= queue.limit:
                 problem = f"queue {index} of {queue.size} descriptors: there may be {queue.limit}"
             else:
@@ -297,6 +302,16 @@ class VirtioDevice(Closing):
                     queue.ready = True
         if problem is not None:
             self.fail(problem)
+
+    def _take_down(self, index: int) -> None:
+        with self._lock:
+            if index >= len(self.queues):
+                return
+            self.queues[index].ready = False
+            activation = self._activation
+        if activation is not None and index in activation.queues:
+            activation.queues[index].stop()
+            activation.transfers.wait(RESET_SECONDS)
 
     def set_status(self, value: int) -> None:
         """Take a write to the device status (clauses 2.1 and 3.1.1). Only a reset clears bits.

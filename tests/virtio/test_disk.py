@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvmd.errors import ConfigError
+from kvmd.memory import libc
 from kvmd.units import MIB
-from kvmd.virtio import disk as disk_module
 from kvmd.virtio.disk import RawDisk
 
 
@@ -67,7 +67,7 @@ def test_read_only_files_are_for_read_only_disks(image: Path, monkeypatch: pytes
             raise PermissionError(13, "Permission denied")  # root, which runs tests too, would be let through
         return real(path, flags)
 
-    monkeypatch.setattr(disk_module.os, "open", as_anybody)
+    monkeypatch.setattr(os, "open", as_anybody)
     assert "may not be written: change its permissions, or make the disk read-only" in refusal(image)
     with RawDisk(image, read_only=True) as disk:
         assert disk.size_bytes == MIB
@@ -119,7 +119,7 @@ def test_a_short_transfer_goes_on_where_it_ended(image: Path, monkeypatch: pytes
         return real(fd, [views[0][:700]], offset)
 
     with RawDisk(image) as disk:
-        monkeypatch.setattr(disk_module.os, "preadv", some)
+        monkeypatch.setattr(os, "preadv", some)
         first, second = bytearray(1000), bytearray(1000)
         disk.read([memoryview(first), memoryview(second)], 512)
     assert bytes(first + second) == content[512:2512]
@@ -150,8 +150,8 @@ def test_zeros_are_written_where_the_file_system_can_do_no_better(image: Path, m
     def cannot(_fd: int, _offset: int, _size: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(disk_module.libc, "punch_hole", cannot)
-    monkeypatch.setattr(disk_module.libc, "zero_range", cannot)
+    monkeypatch.setattr(libc, "punch_hole", cannot)
+    monkeypatch.setattr(libc, "zero_range", cannot)
     content = image.read_bytes()
     with RawDisk(image) as disk:
         disk.discard(0, 4096)
@@ -179,5 +179,5 @@ def test_no_direct_io_is_told_before_the_guest_starts(image: Path, monkeypatch: 
             raise OSError(22, "Invalid argument")
         return real(path, flags)
 
-    monkeypatch.setattr(disk_module.os, "open", without)
+    monkeypatch.setattr(os, "open", without)
     assert "its file system has no O_DIRECT: leave `direct` out" in refusal(image, direct=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from kvmd.units import MIB, PAGE_SIZE
+from kvmd.virtio import mmio
 from kvmd.virtio.abi import DESC_INDIRECT, DESC_NEXT, DESC_WRITE, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
@@ -75,7 +76,8 @@ def valid(kind: str, queue: DriverQueue, memory: Memory) -> None:
 
 
 async def revived(kind: str, driver: Driver, memory: Memory) -> None:
-    driver.start()
+    # As a vCPU would, in a thread: a reset may wait for what the event loop has to finish.
+    await trio.to_thread.run_sync(driver.start)
     queue = driver.queues[BUSY_QUEUE[kind]]
     valid(kind, queue, memory)
     await queue.completed()
@@ -102,13 +104,18 @@ def wrong_order(queue: DriverQueue) -> None:
     queue.offer_head(0)
 
 
+def no_such_next(queue: DriverQueue) -> None:
+    queue.describe(0, 0x1000, 1, DESC_NEXT, 0xFFFF)
+    queue.offer_head(0)
+
+
 MISDEEDS: dict[str, Callable[[DriverQueue], None]] = {
     "a loop": loop,
     "no bytes": one(0x1000, 0),
     "the wrong order": wrong_order,
     "an index too far": lambda queue: queue.set_avail_index(queue.size + 1),
     "no such head": lambda queue: queue.offer_head(queue.size),
-    "no such next": lambda queue: (queue.describe(0, 0x1000, 1, DESC_NEXT, 0xFFFF), queue.offer_head(0))[0],
+    "no such next": no_such_next,
     "an indirect table outside memory": one(SIZE, 16, DESC_INDIRECT),
     "an indirect table at the end of all": one((1 << 64) - 16, 16, DESC_INDIRECT),
     "an endless indirect table": one(0x1000, 0xFFFFFFF0, DESC_INDIRECT),
@@ -291,3 +298,16 @@ def test_any_queue_is_served_or_fails_its_device(
                 await revived(kind, driver, memory)
 
     trio.run(play)
+
+
+async def test_a_device_whose_queue_was_taken_down_rests_until_a_reset(tmp_path: Path) -> None:
+    async with hostile("entropy", tmp_path) as (driver, memory):
+        driver.start()
+        queue = driver.queues[0]
+        driver.write(mmio.QUEUE_SEL, 0)
+        driver.write(mmio.QUEUE_READY, 0)
+        valid("entropy", queue, memory)
+        await trio.testing.wait_all_tasks_blocked(0.001)
+        assert queue.device_used_index == 0
+        assert not driver.needs_reset
+        await revived("entropy", driver, memory)

@@ -184,11 +184,23 @@ def test_a_queue_that_cannot_be_fails_the_device(
     assert driver.interrupts() == 0, "no interrupt before DRIVER_OK (clause 2.1.2)"
 
 
-def test_a_queue_is_taken_down_by_a_reset_only(driver: Driver) -> None:
+def test_a_queue_may_be_taken_down_and_set_up_anew(driver: Driver) -> None:
     driver.negotiate(F_VERSION_1)
     driver.set_up_queue(0)
     driver.write(mmio.QUEUE_READY, 0)
-    assert driver.needs_reset
+    assert driver.read(mmio.QUEUE_READY) == 0
+    driver.set_up_queue(0, 8)
+    assert driver.read(mmio.QUEUE_READY) == 1
+    driver.go()
+    activation = driver.device.activation
+    assert activation is not None
+    driver.write(mmio.QUEUE_READY, 0)
+    assert driver.read(mmio.QUEUE_READY) == 0
+    assert activation.queues[0].stopped, "while in use, too: nothing of it is touched any more"
+    assert not driver.needs_reset
+    driver.write(mmio.QUEUE_SEL, 7)
+    driver.write(mmio.QUEUE_READY, 0)
+    driver.start(F_VERSION_1)
 
 
 def test_failure_is_told_once_and_ends_with_a_reset(driver: Driver) -> None:

@@ -81,7 +81,7 @@ def test_indices_wrap(pair: Pair) -> None:
 
 def test_a_full_queue_given_back_in_another_order(pair: Pair) -> None:
     heads = [pair.driver.offer([(0x1000, 1)]) for _ in range(8)]
-    chains = [chain for chain in iter(pair.ring.pop, None) if chain is not None]
+    chains = list(iter(pair.ring.pop, None))
     assert [chain.head for chain in chains] == heads
     for chain in reversed(chains):
         pair.ring.push(chain, 0)
