@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import structlog
 
 from kvmd.errors import HostError
 from kvmd.network import namespace, tap
@@ -387,6 +388,21 @@ def test_what_cannot_be_removed_is_told_and_stays_for_the_next_start() -> None:
 
     in_thread(without)
     assert len(remove_left_behind()) == 2
+
+
+@own_network
+def test_an_end_that_may_not_remove_its_bridge_is_an_end_all_the_same() -> None:
+    def open_and_close() -> None:
+        networks = open_networks([MADE], machine="web")
+        keep_capabilities()
+        with structlog.testing.capture_logs() as log:
+            networks.close()
+        assert [entry["event"] for entry in log] == ["network-left-behind"]
+        assert "no CAP_NET_ADMIN" in log[0]["problem"]
+
+    in_thread(open_and_close)
+    assert links() == {"vms"}
+    assert remove_left_behind() == ["bridge vms"]
 
 
 def test_nobody_who_wants_no_network_imports_pyroute2() -> None:
