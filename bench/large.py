@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
+from unittest import mock
 
 import trio
 
-from bench.measure import CannotMeasure, Fact, Options, Report, Series, take_turns
+from bench.measure import CannotMeasure, Options, Report, Series, take_turns
 from bench.runs import build_bare, require_kvm
-from kvmd.conversion.changes import Limits
+from kvmd.conversion.changes import Change, Limits
 from kvmd.conversion.messages import Outcome
 from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import DEFAULT_CAPACITY
+from kvmd.conversion_service import ConversionService
 from kvmd.errors import HostError
 from kvmd.guests import GUESTS
 from kvmd.machine import Machine
@@ -39,12 +44,12 @@ class _Run:
 
     Attributes:
         both_ways: mean of a large conversion there and one back, from answer to answer.
-        chunk: mean of changing and discarding one chunk of them.
+        chunks: of changing and discarding each chunk of them.
         waiting: of each one-page request that was answered meanwhile.
     """
 
     both_ways: float
-    chunk: float
+    chunks: tuple[float, ...]
     waiting: tuple[float, ...]
 
 
@@ -63,11 +68,10 @@ def measure(options: Options) -> Report:
     )
     report.compare(series, "bare ioctls", TARGET)
     runs = [_guest(size, vcpus=2) for _ in range(options.rounds(5))]
-    waiting = Series("one page meanwhile, median wait", "us", tuple(median(run.waiting) for run in runs))
-    chunk = Series("one chunk", "us", tuple(run.chunk for run in runs))
-    report.compare({waiting.label: waiting, chunk.label: chunk}, chunk.label, 1.0)
-    longest = Series("one page meanwhile, longest wait", "us", tuple(max(run.waiting) for run in runs))
-    report.facts.append(Fact(longest))
+    for label, of in (("median", median), ("longest", max)):
+        waiting = Series(f"one page meanwhile, {label} wait", "us", tuple(of(run.waiting) for run in runs))
+        chunk = Series(f"one chunk, {label}", "us", tuple(of(run.chunks) for run in runs))
+        report.compare({waiting.label: waiting, chunk.label: chunk}, chunk.label, 1.0)
     report.notes.append(
         f"chunks of {format_size(_CHUNK)}; `bare` makes the same ioctls and hole punches, without a vCPU"
     )
@@ -86,7 +90,7 @@ def _guest(size: int, *, vcpus: int) -> _Run:
         machine = Machine.open(spec)
     except HostError as error:
         raise CannotMeasure(str(error)) from error
-    with machine:
+    with machine, _timed_chunks() as chunks:
         reader = machine.records.reader()
         stop = trio.run(machine.run)
         if stop.reason is not StopReason.GUEST_EXIT or stop.status:
@@ -95,17 +99,31 @@ def _guest(size: int, *, vcpus: int) -> _Run:
     large = [record for record in records if record.vcpu == 0 and record.size_bytes > PAGE_SIZE]
     if any(record.outcome is not Outcome.CONVERTED for record in large):
         raise CannotMeasure("a large conversion failed")
-    return _of_records(size, large, [record for record in records if record.vcpu > 0])
+    return _of_records(large, [record for record in records if record.vcpu > 0], chunks)
 
 
-def _of_records(size: int, large: list[ConversionRecord], small: list[ConversionRecord]) -> _Run:
+@contextmanager
+def _timed_chunks() -> Iterator[list[tuple[int, int]]]:
+    """Note when each chunk began and ended, in nanoseconds of the monotonic clock."""
+    chunks = []
+    make = ConversionService._make_large  # noqa: SLF001 - nothing that kvmd reports tells one chunk from the next
+
+    def make_timed(service: ConversionService, change: Change) -> None:
+        started_ns = time.monotonic_ns()
+        make(service, change)
+        chunks.append((started_ns, time.monotonic_ns()))
+
+    with mock.patch.object(ConversionService, "_make_large", make_timed):
+        yield chunks
+
+
+def _of_records(large: list[ConversionRecord], small: list[ConversionRecord], chunks: list[tuple[int, int]]) -> _Run:
     # The first one warms up; from then on an answer is followed by the next request at once.
     elapsed_us = (large[-1].monotonic_ns - large[1].monotonic_ns) / 1000
-    chunks = (len(large) - 2) * (size // _CHUNK)
     begin, end = large[1].monotonic_ns, large[-1].monotonic_ns
-    work_us = sum(record.applying_us + record.discarding_us for record in large[2:])
     waiting = tuple(record.waiting_us for record in small if begin < record.monotonic_ns < end)
-    return _Run(elapsed_us / (len(large) - 2) * 2, work_us / chunks, waiting)
+    times = tuple((ended - started) / 1000 for started, ended in chunks if begin < started < end)
+    return _Run(elapsed_us / (len(large) - 2) * 2, times, waiting)
 
 
 @cache

@@ -8,7 +8,8 @@
     ├── HostError         this host lacks something: a device, a permission, a capability, memory
     │   └── MissingCapability
     ├── BackendError      the accelerator refused a change of a running machine
-    │   └── SlotsExhausted
+    │   ├── SlotsExhausted
+    │   └── SwapFailed
     ├── MachineStateError an action that the machine's state does not allow
     ├── MachineExists     a machine of that name is there already
     ├── UnknownMachine    there is no machine of that name
@@ -63,6 +64,18 @@ class BackendError(KvmdError):
 
 class SlotsExhausted(BackendError):
     """The machine has no memslot left, even after merging those that could be."""
+
+
+class SwapFailed(BackendError):
+    """The accelerator refused one of the steps that make the other view of some pages live.
+
+    Attributes:
+        made: how many of the steps were made before it.
+    """
+
+    def __init__(self, message: str, errno: int, made: int) -> None:
+        super().__init__(message, errno)
+        self.made = made
 
 
 class MachineStateError(KvmdError):

@@ -9,7 +9,7 @@ import struct
 from typing import NoReturn
 
 from kvmd.closing import Closing
-from kvmd.errors import BackendError, MissingCapability
+from kvmd.errors import BackendError, MissingCapability, SwapFailed
 from kvmd.kvm.capability_table import capability_name
 from kvmd.kvm.fault_layout import FaultLayout
 from kvmd.kvm.fd import OwnedFd
@@ -35,6 +35,14 @@ from kvmd.ranges import GpaRange
 
 # UserspaceMemoryRegion2 up to its padding. One pack_into costs a fifth of seven stores to ctypes fields.
 _REGION = struct.Struct("=IIQQQQI")
+_SLOT = struct.Struct("=I")
+_SWAP_STEPS = (
+    "delete memslot {dying}",
+    "make memslot {dying} a tripwire",
+    "delete memslot {rising}",
+    "set memslot {rising}",
+)
+_SWAP_STRIDE = ctypes.sizeof(UserspaceMemoryRegion2)
 
 
 class Vm(Closing):
@@ -56,6 +64,9 @@ class Vm(Closing):
         self._region = UserspaceMemoryRegion2()
         self._region_address = ctypes.addressof(self._region)
         self._region_request = KVM_SET_USER_MEMORY_REGION2 if self._has_region2 else KVM_SET_USER_MEMORY_REGION
+        # Four of them in a row; but for the slot's number, the two that delete one stay all zeros.
+        self._swap = (UserspaceMemoryRegion2 * len(_SWAP_STEPS))()
+        self._swap_addresses = tuple(ctypes.addressof(region) for region in self._swap)
         self._memfd = CreateGuestMemfd()
         self._memfd_address = ctypes.addressof(self._memfd)
 
@@ -130,6 +141,49 @@ class Vm(Closing):
         _REGION.pack_into(self._region, 0, slot, 0, 0, 0, 0, 0, 0)
         if raw_ioctl(self._fd.fileno(), self._region_request, self._region_address):
             _fail(f"delete memslot {slot}")
+
+    def swap_views(
+        self,
+        dying: int,
+        tripwire_gpa: int,
+        inaccessible: int,
+        memfd: GuestMemfd,
+        rising: int,
+        live_gpa: int,
+        userspace_addr: int,
+        size_bytes: int,
+    ) -> None:
+        """Make the other view of some pages live: see ``kvmd.protection.vm.SlotVm``. Serialised by the caller.
+
+        KVM puts the thread to sleep in each of these calls, and Python is slow after a sleep, when the processor's
+        caches and branch predictors know other programs: so the arguments are ready before the first one.
+
+        Raises:
+            SwapFailed: KVM refused a step.
+        """
+        region, slot, buffer = _REGION.pack_into, _SLOT.pack_into, self._swap
+        slot(buffer, 0, dying)
+        region(
+            *(buffer, _SWAP_STRIDE, dying, KVM_MEM_GUEST_MEMFD, tripwire_gpa, size_bytes, inaccessible),
+            *(0, memfd.fileno()),
+        )
+        slot(buffer, 2 * _SWAP_STRIDE, rising)
+        region(buffer, 3 * _SWAP_STRIDE, rising, 0, live_gpa, size_bytes, userspace_addr, 0, 0)
+        first, second, third, fourth = self._swap_addresses
+        fd, request, made = self._fd.fileno(), self._region_request, 0
+        if not raw_ioctl(fd, request, first):
+            made = 1
+            if not raw_ioctl(fd, request, second):
+                memfd.close()
+                made = 2
+                if not raw_ioctl(fd, request, third):
+                    made = 3
+                    if not raw_ioctl(fd, request, fourth):
+                        return
+        errno = ctypes.get_errno()
+        memfd.close()
+        operation = _SWAP_STEPS[made].format(dying=dying, rising=rising)
+        raise SwapFailed(f"cannot {operation}: {os.strerror(errno)}", errno, made)
 
     def create_guest_memfd(self, size_bytes: int, flags: int = 0) -> GuestMemfd:
         """Create a guest_memfd of this VM (4.142 KVM_CREATE_GUEST_MEMFD). Serialised by the caller.

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import Generic
 
 from kvmd.conversion.changes import Failure, FailureKind
-from kvmd.errors import BackendError, HostError, SlotsExhausted
+from kvmd.errors import BackendError, HostError, SlotsExhausted, SwapFailed
 from kvmd.memory import libc
 from kvmd.memory.backing import Backing
 from kvmd.protection.base import Applied
@@ -172,31 +172,31 @@ class EmulatedProtection(TwoViews, Generic[F]):
 
     def _swap(self, piece: Piece, to: PageState) -> None:
         """Make the other view of the piece live: dead first, so that never both are."""
-        slots, old = piece.slots, piece.live
-        dying, rising = slots[old], slots[to]
+        old = piece.live
+        dying, rising = piece.slots[old], piece.slots[to]
         if dying is None or rising is None:
             self._swap_with_holes(piece, to)
             return
         # The usual case, and most of what kvmd itself adds to a conversion: each memslot keeps its number.
-        vm, start, size_bytes = self._vm, piece.start, piece.end - piece.start
+        start, size_bytes = piece.start, piece.end - piece.start
         try:
-            vm.delete_memory_region(dying)
-            slots[old] = piece.backed = None
-            memfd = self._take_memfd(size_bytes)
-            try:
-                vm.set_memory_region(
-                    dying, self.view_gpa(start, old), size_bytes, self._inaccessible, guest_memfd=memfd
-                )
-            finally:
-                memfd.close()  # as in _trip
-            slots[old] = dying
-            vm.delete_memory_region(rising)
-            slots[to] = None
-            address = self._backings[to].address_of(start)
-            vm.set_memory_region(rising, self.view_gpa(start, to), size_bytes, address)
-            slots[to] = rising
-        except BackendError:
-            self._free.extend(number for view, number in ((old, dying), (to, rising)) if slots[view] is None)
+            self._vm.swap_views(
+                dying,
+                self.view_gpa(start, old),
+                self._inaccessible,
+                self._take_memfd(size_bytes),
+                rising,
+                self.view_gpa(start, to),
+                self._backings[to].address_of(start),
+                size_bytes,
+            )
+        except SwapFailed as error:
+            if error.made >= 1:
+                piece.backed = None
+                if error.made == 1:
+                    self._give_up(piece, old, dying)
+                elif error.made == 3:  # noqa: PLR2004 - see SlotVm.swap_views
+                    self._give_up(piece, to, rising)
             self._restore(piece)
             raise
         piece.live = piece.backed = to
@@ -285,6 +285,11 @@ class EmulatedProtection(TwoViews, Generic[F]):
         if piece.slots[dead] is None:
             with suppress(BackendError):
                 self._trip(piece, dead)
+
+    def _give_up(self, piece: Piece, view: PageState, slot: int) -> None:
+        """Note that the view has no memslot any more."""
+        piece.slots[view] = None
+        self._free.append(slot)
 
     def _take_memfd(self, size_bytes: int) -> F:
         """Return an open guest_memfd for a tripwire."""

@@ -43,6 +43,25 @@ class SlotVm(Protocol[F]):
     def delete_memory_region(self, slot: int) -> None:
         """Delete a memslot; the attributes of its pages stay. Raises BackendError."""
 
+    def swap_views(
+        self,
+        dying: int,
+        tripwire_gpa: int,
+        inaccessible: int,
+        memfd: F,
+        rising: int,
+        live_gpa: int,
+        userspace_addr: int,
+        size_bytes: int,
+    ) -> None:
+        """Make the other view of some pages live, in four steps with as little as possible between them.
+
+        Delete the memslot ``dying``; create it again at ``tripwire_gpa``, on addresses that nothing can access and on
+        ``memfd``, which is closed in any case; delete the memslot ``rising``; create it again at ``live_gpa``.
+
+        Raises SwapFailed, which says how many of the steps were made.
+        """
+
     def create_guest_memfd(self, size_bytes: int, flags: int = 0) -> F:
         """Create a guest_memfd. Raises BackendError."""
 

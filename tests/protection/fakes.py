@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 from typing import NoReturn
 
-from kvmd.errors import BackendError
+from kvmd.errors import BackendError, SwapFailed
 from kvmd.memory.range_set import RangeSet
 from kvmd.ranges import GpaRange
 from kvmd.units import PAGE_MASK, PAGE_SIZE
@@ -157,6 +157,32 @@ class FakeVm:
         self.slots[slot] = new
         self._found_holes.clear()  # KVM's are of one generation of memslots (check_mmio_spte)
         insort(self._by_gpa, (gpa, slot))
+
+    def swap_views(
+        self,
+        dying: int,
+        tripwire_gpa: int,
+        inaccessible: int,
+        memfd: FakeMemfd,
+        rising: int,
+        live_gpa: int,
+        userspace_addr: int,
+        size_bytes: int,
+    ) -> None:
+        made = 0
+        try:
+            self.delete_memory_region(dying)
+            made = 1
+            self.set_memory_region(dying, tripwire_gpa, size_bytes, inaccessible, guest_memfd=memfd)
+            made = 2
+            memfd.close()
+            self.delete_memory_region(rising)
+            made = 3
+            self.set_memory_region(rising, live_gpa, size_bytes, userspace_addr)
+        except BackendError as error:
+            raise SwapFailed(str(error), error.errno, made) from error
+        finally:
+            memfd.close()
 
     def delete_memory_region(self, slot: int) -> None:
         operation = f"delete memslot {slot}"

@@ -83,6 +83,10 @@ class OnKvm:
     def delete(self, slot: int) -> None:
         self._vm.delete_memory_region(slot)
 
+    def swap(self, dying: int, tripwire_gpa: int, memfd: Memfd, rising: int, live_gpa: int) -> None:
+        assert isinstance(memfd, GuestMemfd)
+        self._vm.swap_views(dying, tripwire_gpa, self.address, memfd, rising, live_gpa, self.address, PAGE)
+
     def memfd(self, size: int, flags: int = TRIPWIRE) -> GuestMemfd:
         offered = self._vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
         require(

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import pytest
 
-from kvmd.errors import BackendError
+from kvmd.errors import BackendError, SwapFailed
+from kvmd.kvm.guest_memfd import GuestMemfd
 from tests.protection.fakes import FakeMemfd, FakeVm
 from tests.protection.on_kvm import GPA, PAGE, TRIPWIRE, Memfd, on_kvm
 
@@ -37,6 +38,9 @@ class Subject(Protocol):
     ) -> None: ...
 
     def delete(self, slot: int) -> None: ...
+
+    def swap(self, dying: int, tripwire_gpa: int, memfd: Memfd, rising: int, live_gpa: int) -> None:
+        """Swap the views of one page."""
 
     def memfd(self, size: int, flags: int = TRIPWIRE) -> Memfd: ...
 
@@ -67,6 +71,10 @@ class OnFake:
     def delete(self, slot: int) -> None:
         self._vm.delete_memory_region(slot)
 
+    def swap(self, dying: int, tripwire_gpa: int, memfd: Memfd, rising: int, live_gpa: int) -> None:
+        assert isinstance(memfd, FakeMemfd)
+        self._vm.swap_views(dying, tripwire_gpa, self.address, memfd, rising, live_gpa, self.address, PAGE)
+
     def memfd(self, size: int, flags: int = TRIPWIRE) -> Memfd:
         return self._vm.create_guest_memfd(size, flags)
 
@@ -91,6 +99,11 @@ def refused(*numbers: int) -> AbstractContextManager[pytest.ExceptionInfo[Backen
 def tripwire(on: Subject, slot: int, gpa: int, size: int) -> None:
     with closing(on.memfd(size)) as memfd:
         on.set(slot, gpa, size, on.address, memfd=memfd)
+
+
+def is_closed(memfd: Memfd) -> bool:
+    assert isinstance(memfd, FakeMemfd | GuestMemfd)
+    return memfd.closed
 
 
 def test_a_guest_finds_a_hole_where_there_is_no_slot(on: Subject) -> None:
@@ -253,6 +266,39 @@ def test_a_slot_of_a_guest_memfd_has_no_dirty_log_and_is_writable(on: Subject) -
 def test_a_guest_memfd_is_whole_pages(on: Subject, size: int) -> None:
     with refused(errno.EINVAL):
         on.memfd(size)
+
+
+def test_a_swap_makes_one_view_a_tripwire_and_the_other_one_live(on: Subject) -> None:
+    on.set(0, GPA, PAGE, on.address)
+    tripwire(on, 1, GPA + PAGE, PAGE)
+    memfd = on.memfd(PAGE)
+    on.swap(0, GPA, memfd, 1, GPA + PAGE)
+    assert is_closed(memfd)
+    assert [on.access(GPA + page * PAGE) for page in range(2)] == ["tripwire", "live"]
+
+
+@pytest.mark.parametrize(
+    ("made", "dying", "tripwire_gpa", "rising", "live_gpa", "found"),
+    [
+        (0, 9, GPA, 1, GPA + PAGE, ["live", "tripwire", "live"]),  # there is no such slot to delete
+        (1, 0, GPA + 2 * PAGE, 1, GPA + PAGE, ["hole", "tripwire", "live"]),  # its place is taken
+        (2, 0, GPA, 9, GPA + PAGE, ["tripwire", "tripwire", "live"]),
+        (3, 0, GPA, 1, GPA + 2 * PAGE, ["tripwire", "hole", "live"]),
+    ],
+)
+def test_a_swap_that_is_refused_says_how_far_it_came(
+    on: Subject, made: int, dying: int, tripwire_gpa: int, rising: int, live_gpa: int, found: list[str]
+) -> None:
+    on.set(0, GPA, PAGE, on.address)
+    tripwire(on, 1, GPA + PAGE, PAGE)
+    on.set(2, GPA + 2 * PAGE, PAGE, on.address)
+    memfd = on.memfd(PAGE)
+    with pytest.raises(SwapFailed) as caught:
+        on.swap(dying, tripwire_gpa, memfd, rising, live_gpa)
+    assert caught.value.made == made
+    assert caught.value.errno in {errno.EINVAL, errno.EEXIST}
+    assert is_closed(memfd)
+    assert [on.access(GPA + page * PAGE) for page in range(3)] == found
 
 
 def test_a_guest_memfd_with_an_unknown_flag_is_refused(on: Subject) -> None:
