@@ -123,6 +123,7 @@ class Networks(Closing):
     def _make_bridge(self, links: Links, spec: NetworkSpec, mtu: int) -> Link:
         bridge = links.make_bridge(spec.bridge, mac=bridge_mac(spec.bridge), mtu=mtu)
         links.mark(bridge, machine="bridge")
+        links.ignore_routers(bridge)
         if not spec.addresses:
             links.without_own_addresses(bridge)
         for address in spec.addresses:
@@ -154,6 +155,7 @@ class Networks(Closing):
             namespace.give_name(name)
             tap = self._new_tap(spec, index)
             link = self._configured(links, tap, mtu=spec.mtu)
+            links.ignore_routers(link)
             for address in spec.addresses:
                 links.add_address(link, address)
             links.raise_up(link)
