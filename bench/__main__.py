@@ -20,6 +20,7 @@ BENCHMARKS = {
     "software": "conversions and instructions on the software CPU, beside KVM",
     "start": "the start of `kvmd run` to the guest's first output",
     "fleet": "the daemon's machines: from a request to the guest's first output, and memory of idle ones",
+    "post": "a machine over the daemon's API: from its POST to the guest's first output, beside QEMU",
     "blocks": "what conversions and a machine's start cost, by block size, memory and pages",
     "large": "explicit conversions of a large range, beside the bare ioctls (in the lab: lab/README.md)",
     "linux": "a Linux guest's start, disk and network, beside QEMU's microvm (in the lab: lab/README.md)",

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -29,16 +30,32 @@ from kvmd.api.server.asgi import Receive, Scope, Send
 from kvmd.api.server.listen import listening
 from kvmd.api.server.server import Server
 from kvmd.api.services import Services
-from kvmd.fleet.base import Event, Fleet, MachineInfo
+from kvmd.fleet.base import Counters, Event, Fleet, MachineInfo, MemoryMap
+from kvmd.guests import GUESTS
+from kvmd.ranges import GpaRange, PageState
+from kvmd.spec import MachineSpec
 
 TARGET = 2.0
 """What a small GET may cost at most, in echoes."""
 
 _ECHO = "h11 echo"
-_POLLED = "GET /v1/machines"
 _STALLED = "10 readers, 1 more stalled"
 _GET = b"GET %b HTTP/1.1\r\nHost: kvmd\r\n\r\n"
-_BODY = b'{"machines":[]}'
+_ONE = "/v1/machines/pingpong"
+_TARGETS = {
+    "GET /v1/host": b"/v1/host",
+    "GET /v1/machines, one there": b"/v1/machines",
+    "GET a machine": _ONE.encode(),
+    "GET its counters": f"{_ONE}/counters".encode(),
+    "GET its memory map": f"{_ONE}/memory/map".encode(),
+    "GET its conversions, one there": f"{_ONE}/conversions".encode(),
+}
+"""Small GETs, and what each asks for."""
+
+_QUERIES = {"GET its conversions?limit=1, through FastAPI": f"{_ONE}/conversions?limit=1".encode()}
+_BODY = b"x" * 700
+"""About what a machine's answer has."""
+
 _REQUESTS = 300
 """In one round: some 100 milliseconds."""
 
@@ -71,15 +88,16 @@ def measure(options: Options) -> Report:
     with tempfile.TemporaryDirectory() as name, ExitStack() as servers:
         folder = Path(name)
         things: dict[str, Callable[[], float]] = {}
-        for label, serve, path in (
-            (_ECHO, _serve_echo, b"/"),
-            ("this server, an app that does nothing", _serve_plain, b"/"),
-            (_POLLED, _serve_api, b"/v1/machines"),
-            ("GET /v1/host (through FastAPI)", _serve_api, b"/v1/host"),
+        for number, (serve, targets) in enumerate(
+            (
+                (_serve_echo, {_ECHO: b"/"}),
+                (_serve_plain, {"this server, an app that does nothing": b"/"}),
+                (_serve_api, {**_TARGETS, **_QUERIES}),
+            )
         ):
-            address = folder / str(len(things))
+            address = folder / str(number)
             servers.enter_context(_process(serve, address))
-            things[label] = partial(_round, address, path)
+            things |= {label: partial(_round, address, path) for label, path in targets.items()}
         gets = take_turns(things, rounds=options.rounds(40), unit="us")
         streams = take_turns(
             {
@@ -91,12 +109,13 @@ def measure(options: Options) -> Report:
         )
     echo = gets.pop(_ECHO)
     for label, series in gets.items():
-        report.ratios.append(Ratio(series, echo, TARGET if label == _POLLED else None))
+        report.ratios.append(Ratio(series, echo, TARGET if label in _TARGETS else None))
     # Readers beside readers with a stalled one: above 1, the stalled one costs the others something.
     report.ratios.append(Ratio(streams["10 readers"], streams[_STALLED]))
     report.facts.extend(Fact(series) for series in streams.values())
     report.notes.append(
-        f"GETs: {_REQUESTS} a round on one kept connection. Events: what all readers together get of streams that "
+        f"GETs: {_REQUESTS} a round on one kept connection, over a fleet in memory: of a real one counters, map and "
+        "conversions ask the machine's process besides. Events: what all readers together get of streams that "
         "always have another one; who reads nothing fills its socket's buffer and then costs nothing"
     )
     return report
@@ -198,6 +217,8 @@ def _api(source: _Source) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
 class _Endless:
     """A stream that always has another event, like a guest that converts without a pause."""
 
+    place = "0"
+
     def __init__(self) -> None:
         self._made = 0
 
@@ -217,12 +238,54 @@ class _Source:
     # Named when routes are made, never called.
     start = pause = resume = stop = kill = console = console_output = log_output = None
 
+    def __init__(self) -> None:
+        facts: dict[str, object] = {
+            "vcpus": 4,
+            "protection": "emulated",
+            "tripwire": "guest_memfd",
+            "accelerator": "kvm",
+        }
+        self._info = MachineInfo(
+            name="pingpong",
+            spec=MachineSpec(image=GUESTS["pingpong"].path, name="pingpong"),
+            state="running",
+            owner_uid=0,
+            created_ns=1_700_000_000_000_000_000,
+            started_ns=1_700_000_001_000_000_000,
+            pid=1234,
+            facts=facts,
+            end=None,
+        )
+
     def machines(self) -> list[MachineInfo]:
-        """Return none."""
-        return []
+        """Return one."""
+        return [self._info]
+
+    def machine(self, _name: str) -> MachineInfo:
+        """Return it."""
+        return self._info
+
+    async def counters(self, _name: str) -> Counters:
+        """Return what a machine that converts both ways says."""
+        await trio.lowlevel.checkpoint()
+        times = (12.5, 30.0, 80.25, 900.0)
+        requests = {("implicit", to, "converted"): 100_000 for to in ("private", "shared")}
+        return Counters(requests, 1 << 20, 63 << 20, times, times, times, 0)
+
+    async def memory_map(self, _name: str) -> MemoryMap:
+        """Return three ranges."""
+        await trio.lowlevel.checkpoint()
+        edges = (0, 2 << 20, 3 << 20, 64 << 20)
+        states = (PageState.PRIVATE, PageState.SHARED, PageState.PRIVATE)
+        return MemoryMap([(GpaRange(*ends), state) for ends, state in zip(pairwise(edges), states, strict=True)])
+
+    async def conversions(self, _name: str, *, since: int, limit: int) -> list[dict[str, object]]:
+        """Return one."""
+        await trio.lowlevel.checkpoint()
+        return [_CONVERSION][: limit if not since else 0]
 
     @asynccontextmanager
-    async def events(self, _name: str | None, *, last_id: str | None) -> AsyncIterator[AsyncIterator[Event]]:
+    async def events(self, _name: str | None, *, last_id: str | None) -> AsyncIterator[_Endless]:
         """Attach, as the protocol has it."""
         del last_id
         await trio.lowlevel.checkpoint()

@@ -159,7 +159,7 @@ class _InstantRules(ConversionRules):
     def submit(self, ticket: Ticket) -> None:
         """Answer it."""
         ticket.answer = self._AT_ONCE
-        self._settled.append(ticket)
+        self.settled.append(ticket)
 
     def next_change(self) -> Change | None:
         """Change nothing."""

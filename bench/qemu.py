@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench.measure import Series
@@ -19,14 +21,19 @@ _OPTIONS = (
 )
 
 
+def qemu_start() -> Callable[[], float] | None:
+    """Return what measures one start, as ``qemu_starts`` does; None where something is missing."""
+    tools = [shutil.which(name) for name in (_QEMU, "cc", "objcopy")]
+    return None if None in tools else partial(_first_byte, _firmware())
+
+
 def qemu_starts(rounds: int) -> Series | None:
     """Return milliseconds from exec to the guest's first byte; None where QEMU, a compiler or objcopy is missing."""
-    tools = [shutil.which(name) for name in (_QEMU, "cc", "objcopy")]
-    if None in tools:
+    start = qemu_start()
+    if start is None:
         return None
-    firmware = _firmware()
-    _first_byte(firmware)
-    return Series("qemu -M microvm", "ms", tuple(_first_byte(firmware) for _ in range(rounds)))
+    start()
+    return Series("qemu -M microvm", "ms", tuple(start() for _ in range(rounds)))
 
 
 def _firmware() -> Path:

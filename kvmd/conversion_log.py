@@ -197,10 +197,10 @@ class TokenBucket:
 
 
 class ConversionSampler(_Follower):
-    """Logs conversions as they happen up to ``SHOWN_A_SECOND``, and sums up each second that had more.
+    """Logs conversions as they happen up to ``SHOWN_A_SECOND``, and sums up each second that had any.
 
     A summary is an event ``conversions``: the requests of about a second by direction and outcome, how many of
-    them were shown, and how many were not.
+    them were shown, and how many were not. So the summaries alone add up to all that there was.
 
     Args:
         reader: where the records come from.
@@ -257,7 +257,7 @@ class ConversionSampler(_Follower):
         self._log.info("conversion", **fields)
 
     def _sum_up(self) -> None:
-        if self._suppressed:
+        if self._shown or self._suppressed:
             self._log.info(
                 "conversions", machine=self._machine, **self._counts, shown=self._shown, suppressed=self._suppressed
             )

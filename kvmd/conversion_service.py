@@ -307,7 +307,7 @@ class ConversionService:
 
     def _answer(self) -> Sequence[Ticket]:
         """Wake the threads whose requests the rules settled, and return what is to be recorded."""
-        if not self._rules.has_settled:
+        if not self._rules.settled:
             return ()
         settled = self._rules.take_settled()
         self._answered_ns = answered_ns = time.monotonic_ns()

@@ -267,7 +267,7 @@ def sampled(ring: RecordRing, log: Log) -> ConversionSampler:
     return ConversionSampler(ring.reader(), machine="m", log=log.logger)
 
 
-async def test_few_conversions_are_all_shown_without_a_summary(
+async def test_few_conversions_are_all_shown_and_summed_up_each_second(
     sampled: ConversionSampler,
     ring: RecordRing,
     log: Log,
@@ -278,10 +278,14 @@ async def test_few_conversions_are_all_shown_without_a_summary(
         for number in range(1, 31):
             fill(ring, 1)
             await trio.sleep(0.2)
-            assert log.names == ["conversion"] * number
+            assert log.names.count("conversion") == number
         sampled.end()
-    assert [event["sequence"] for event in log.events] == list(range(1, 31))
+    assert [event["sequence"] for event in log.events if event["event"] == "conversion"] == list(range(1, 31))
     assert "time" not in log.events[0]
+    summaries = [event for event in log.events if event["event"] == "conversions"]
+    assert 5 <= len(summaries) <= 7
+    assert sum(event["shown"] for event in summaries) == sum(event["to_shared"] for event in summaries) == 30
+    assert not any(event["suppressed"] for event in summaries)
 
 
 async def test_many_conversions_are_shown_up_to_the_rate_and_summed_up_each_second(
@@ -331,7 +335,7 @@ async def test_the_last_ones_are_shown_at_the_end(sampled: ConversionSampler, ri
         await wait_all_tasks_blocked()
         fill(ring, 3)
         sampled.end()
-    assert log.names == ["conversion"] * 3
+    assert log.names == [*["conversion"] * 3, "conversions"]
 
 
 async def test_an_idle_sampler_says_nothing_and_wakes_for_nothing(

@@ -76,7 +76,7 @@ TAP_USERS = ("kvmd.network.tap",)
 LOCKERS = ("kvmd.fleet.state_folder",)
 """Who may import flock and its constants: Python keeps it in the module of fcntl and ioctl."""
 
-_LOCKING = {"flock", "LOCK_EX", "LOCK_NB"}
+_LOCKING = {"flock", "LOCK_EX", "LOCK_NB", "LOCK_UN"}
 
 FACES = ("kvmd.cli", "kvmd.ctl", "kvmd.options", "kvmd.lazy_group")
 FACES_ONLY = ("click", "rich")

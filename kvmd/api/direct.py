@@ -1,35 +1,44 @@
-"""The two GETs that clients poll, past FastAPI.
+"""Small GETs, past FastAPI.
 
 FastAPI's way to a function takes as long as all the rest of a small request together (docs/api.md, "Speed"). What is
-answered here is answered by the same functions; everything that is not plainly one of these goes on to FastAPI.
+answered here is what the routes answer, made by the same functions; what is not plainly one of these, such as a query,
+a HEAD or a machine that is not there, goes on to FastAPI, which has the words for it.
 """
 
 from __future__ import annotations
 
-from kvmd.api.models import Machine, Machines
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+import trio
+
+from kvmd.api.all_counters import all_counters
+from kvmd.api.documents import host_document, machine_document, machines_document
+from kvmd.api.pages import conversions, memory_map
 from kvmd.api.server.asgi import App, Receive, Scope, Send
-from kvmd.api.services import API_PREFIX
-from kvmd.errors import UnknownMachine
-from kvmd.fleet.base import Fleet
+from kvmd.api.services import API_PREFIX, Services
+from kvmd.errors import KvmdError
+from kvmd.fleet.base import Fleet, counters_document
 
-_ALL = f"{API_PREFIX}/machines"
 _ONE = f"{API_PREFIX}/machines/"
+_JSON = (b"content-type", b"application/json")
 
 
-def all_machines(fleet: Fleet) -> bytes:
-    """Return the list of machines as JSON."""
-    machines = Machines.model_construct(machines=[Machine.of(info) for info in fleet.machines()])
-    return machines.__pydantic_serializer__.to_json(machines)
+async def _machine(fleet: Fleet, name: str) -> object:
+    return machine_document(fleet.machine(name))
 
 
-def one_machine(fleet: Fleet, name: str) -> bytes:
-    """Return a machine as JSON.
+async def _counters(fleet: Fleet, name: str) -> object:
+    return counters_document(await fleet.counters(name))
 
-    Raises:
-        UnknownMachine: there is none.
-    """
-    machine = Machine.of(fleet.machine(name))
-    return machine.__pydantic_serializer__.to_json(machine)
+
+_OF_ONE: Mapping[str, Callable[[Fleet, str], Awaitable[object]]] = {
+    "": _machine,
+    "counters": _counters,
+    "conversions": conversions,
+    "memory/map": memory_map,
+}
+"""What is answered of one machine, by what follows its name."""
 
 
 class Direct:
@@ -37,32 +46,54 @@ class Direct:
 
     Args:
         app: answers the rest.
-        fleet: the machines.
+        services: what answers stand on.
     """
 
-    def __init__(self, app: App, fleet: Fleet) -> None:
+    def __init__(self, app: App, services: Services) -> None:
         self._app = app
-        self._fleet = fleet
+        self._fleet = services.fleet
+        host = host_document(services.host)
+
+        async def get_host() -> object:
+            return host
+
+        async def get_machines() -> object:
+            return machines_document(self._fleet.machines())
+
+        async def get_counters() -> object:
+            return await all_counters(self._fleet)
+
+        self._resources: dict[str, Callable[[], Awaitable[object]]] = {
+            f"{API_PREFIX}/host": get_host,
+            f"{API_PREFIX}/machines": get_machines,
+            f"{API_PREFIX}/counters": get_counters,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
-        body = self._answer(scope)
-        if body is None:
+        document = None
+        if scope["method"] == "GET" and not scope["query_string"]:
+            document = await self._answer(scope["path"])
+        if document is None:
             await self._app(scope, receive, send)
             return
-        headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+        body = msgspec.json.encode(document)
+        headers = [(b"content-length", b"%d" % len(body)), _JSON]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def _answer(self, scope: Scope) -> bytes | None:
-        path: str = scope["path"]
-        if scope["method"] != "GET" or scope["query_string"]:
-            return None
-        if path == _ALL:
-            return all_machines(self._fleet)
-        if path.startswith(_ONE) and "/" not in path[len(_ONE) :]:
-            try:
-                return one_machine(self._fleet, path[len(_ONE) :])
-            except UnknownMachine:
-                return None
+    async def _answer(self, path: str) -> object:
+        """Return what a resource says, or None where FastAPI has to say it."""
+        get = self._resources.get(path)
+        if get is not None:
+            return await get()
+        if path.startswith(_ONE):
+            name, _, part = path[len(_ONE) :].partition("/")
+            answer = _OF_ONE.get(part)
+            # A path that ends with a slash is another one.
+            if answer is not None and (part or not path.endswith("/")):
+                try:
+                    return await answer(self._fleet, name)
+                except KvmdError:
+                    await trio.lowlevel.checkpoint()
         return None

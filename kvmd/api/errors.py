@@ -18,6 +18,7 @@ from kvmd.errors import (
     ImageError,
     KvmdError,
     MachineExists,
+    MachineSilent,
     MachineStateError,
     UnknownMachine,
 )
@@ -33,6 +34,7 @@ _PLAIN: tuple[tuple[type[KvmdError], ProblemType], ...] = (
     (ImageError, ProblemType.INVALID_IMAGE),
     (HostError, ProblemType.HOST_LACKS),
     (BackendError, ProblemType.BACKEND_FAILED),
+    (MachineSilent, ProblemType.MACHINE_SILENT),
 )
 
 

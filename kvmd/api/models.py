@@ -5,14 +5,12 @@ What is taken is strict and refuses unknown fields. What is given may grow field
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvmd.fleet.base import Counters, MachineEnd, MachineInfo, MachineState
-from kvmd.guests import GUESTS
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, VCPU_LIMIT, MachineSpec
+from kvmd.fleet.base import MachineState
+from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, VCPU_LIMIT
 
 NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
 """The names that ``kvmd.spec`` allows."""
@@ -97,28 +95,6 @@ class Spec(Answer):
     arguments: list[int]
     conversion: ConversionBounds
 
-    @classmethod
-    def of(cls, spec: MachineSpec) -> Spec:
-        """Return the spec as clients see it."""
-        bounds = spec.conversion
-        return cls.model_construct(
-            image=image_name(spec),
-            vcpus=spec.vcpus,
-            memory=spec.memory,
-            accelerator=spec.accelerator,
-            protection=spec.protection,
-            tripwire=spec.tripwire,
-            initial=spec.initial,
-            cpl=spec.cpl,
-            arguments=list(spec.arguments),
-            conversion=ConversionBounds.model_construct(
-                chunk=bounds.chunk,
-                no_progress_limit=bounds.no_progress_limit,
-                max_ranges=bounds.max_ranges,
-                implicit=bounds.implicit,
-            ),
-        )
-
 
 class End(Answer):
     """How a machine ended."""
@@ -128,13 +104,6 @@ class End(Answer):
     status: int = Field(description="exit status, 0 to 255")
     signal: int | None = Field(description="that ended the process")
     time: str
-
-    @classmethod
-    def of(cls, end: MachineEnd) -> End:
-        """Return the end as clients see it."""
-        return cls.model_construct(
-            reason=end.reason, message=end.message, status=end.status, signal=end.signal, time=timestamp(end.wall_ns)
-        )
 
 
 class Machine(Answer):
@@ -149,25 +118,6 @@ class Machine(Answer):
     pid: int | None = Field(description="of its process; null once that has ended")
     facts: dict[str, Any] = Field(description="what its process said when it opened: protection, tripwire and so on")
     end: End | None
-
-    @classmethod
-    def of(cls, info: MachineInfo) -> Machine:
-        """Return the machine as clients see it.
-
-        Nothing is validated here (``model_construct``): it comes from kvmd, and ``tests/api`` check every answer
-        against the OpenAPI document.
-        """
-        return cls.model_construct(
-            name=info.name,
-            state=info.state,
-            spec=Spec.of(info.spec),
-            owner_uid=info.owner_uid,
-            created=timestamp(info.created_ns),
-            started=None if info.started_ns is None else timestamp(info.started_ns),
-            pid=info.pid,
-            facts=info.facts,
-            end=None if info.end is None else End.of(info.end),
-        )
 
 
 class Machines(Answer):
@@ -192,10 +142,11 @@ class MemoryRange(Answer):
     gpa: str = Field(description="start, hexadecimal", examples=["0x200000"])
     size: int = Field(description="bytes")
     state: Literal["private", "shared"]
+    pinned: bool = Field(description="whether it never converts: image, page tables, stacks, boot information")
 
 
 class MemoryMap(Answer):
-    """The state of guest memory, as the fewest ranges, in order."""
+    """The state of guest memory, as the fewest ranges of one kind, in order."""
 
     ranges: list[MemoryRange]
     next: str | None = Field(description="the `from` of the next part; null at the end of memory")
@@ -248,6 +199,15 @@ class Latency(Answer):
     max: float
 
 
+class HotRange(Answer):
+    """Memory that was converted often."""
+
+    gpa: str
+    size: int
+    count: int = Field(description="conversions; at most `overcount` too high, never too low")
+    overcount: int
+
+
 class MachineCounters(Answer):
     """What a machine did so far."""
 
@@ -258,22 +218,21 @@ class MachineCounters(Answer):
     applying_us: Latency
     discarding_us: Latency
     lost: int = Field(description="records that were dropped before they were counted")
+    hottest: list[HotRange] = Field(description="what was converted most, hottest first; a handful")
 
-    @classmethod
-    def of(cls, counters: Counters) -> MachineCounters:
-        """Return the counters as clients see them."""
-        return cls(
-            requests=[
-                Requests(cause=cause, to=to, outcome=outcome, count=count)
-                for (cause, to, outcome), count in sorted(counters.requests.items())
-            ],
-            shared_bytes=counters.shared_bytes,
-            private_bytes=counters.private_bytes,
-            waiting_us=_latency(counters.waiting_us),
-            applying_us=_latency(counters.applying_us),
-            discarding_us=_latency(counters.discarding_us),
-            lost=counters.lost,
-        )
+
+class NamedCounters(Answer):
+    """A machine, and what it did so far."""
+
+    name: str
+    state: MachineState
+    counters: MachineCounters | None = Field(description="null where it did not say so within a second")
+
+
+class AllCounters(Answer):
+    """What all machines did so far, by name."""
+
+    machines: list[NamedCounters]
 
 
 # -- host and problems -------------------------------------------------------------------------------------------------
@@ -340,22 +299,3 @@ class ProblemDocument(Answer):
     found: str | None = Field(default=None, description="of wrong-state: the state that the machine is in")
     gpa: str | None = Field(default=None, description="of private-memory: the first private page")
     errors: list[Mistake] | None = Field(default=None, description="of invalid-request: each mistake")
-
-
-def timestamp(wall_ns: int) -> str:
-    """Return a time since the epoch as RFC 3339 text with microseconds."""
-    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"
-
-
-def image_name(spec: MachineSpec) -> str:
-    """Return an image as a client would name it."""
-    return _BUILTIN_NAMES.get(spec.image) or str(spec.image)
-
-
-_BUILTIN_NAMES = {guest.path: BUILTIN_PREFIX + name for name, guest in GUESTS.items()}
-
-
-def _latency(values: tuple[float, float, float, float]) -> Latency:
-    p50, p90, p99, maximum = values
-    return Latency(p50=p50, p90=p90, p99=p99, max=maximum)

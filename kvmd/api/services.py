@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import trio
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
 from kvmd.api.access import CALLER, Caller
 from kvmd.api.models import HostFacts
@@ -62,11 +62,9 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-def json_response(model: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return a model as JSON, once through pydantic's serializer: FastAPI would validate it before."""
-    return Response(
-        model.__pydantic_serializer__.to_json(model, by_alias=True), status, headers, media_type="application/json"
-    )
+def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return plain data as JSON: FastAPI would make models of it, and validate them."""
+    return Response(msgspec.json.encode(document), status, headers, media_type="application/json")
 
 
 async def unless_over(request: Request, action: Callable[[], Awaitable[T]]) -> T:

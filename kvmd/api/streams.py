@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import msgspec
 import trio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvmd.api.server.asgi import DRAINING
 from kvmd.errors import MachineStateError
-from kvmd.fleet.base import Console, Event
+from kvmd.fleet.base import Console
 
 KEEP_ALIVE_SECONDS = 15.0
 """After so long without an event a comment is sent, so that a connection without a client is found out."""
@@ -30,53 +29,67 @@ _WRITE_BYTES = 65536
 _END = {"type": "http.response.body", "body": b"", "more_body": False}
 
 T = TypeVar("T")
+Item_contra = TypeVar("Item_contra", contravariant=True)
+Items = TypeVar("Items", bound=AsyncIterator[Any])
 
 
-class Streaming(Response, Generic[T]):
+class Encoder(Protocol[Item_contra]):
+    """Makes the bytes of a stream."""
+
+    def greeting(self) -> bytes:
+        """Return what is sent at once, so that a client knows that it is connected."""
+
+    def encode(self, item: Item_contra) -> bytes:
+        """Return an item; nothing where it is not shown."""
+
+    def keep_alive(self) -> bytes:
+        """Return what is sent after ``KEEP_ALIVE_SECONDS`` without an item; nothing where there is no way to."""
+
+    def farewell(self) -> bytes:
+        """Return what is sent where the stream has come to its own end, and is not cut off by the daemon's."""
+
+
+class Streaming(Response, Generic[Items, T]):
     """Sends what a stream of the fleet's yields, as it comes.
 
     Args:
         opened: enters the stream; its errors are answered like any other's, since nothing was sent by then.
-        encode: makes bytes of an item.
+        encoder: makes what makes bytes of that stream.
         media_type: of all of it.
-        greeting: sent at once, so that a client knows that it is connected.
-        keep_alive: sent after ``KEEP_ALIVE_SECONDS`` without an item; nothing is where it is empty.
     """
 
     def __init__(
         self,
-        opened: Callable[[], AbstractAsyncContextManager[AsyncIterator[T]]],
-        encode: Callable[[T], bytes],
+        opened: Callable[[], AbstractAsyncContextManager[Items]],
+        encoder: Callable[[Items], Encoder[T]],
         *,
         media_type: str,
-        greeting: bytes = b"",
-        keep_alive: bytes = b"",
     ) -> None:
         super().__init__(media_type=media_type, headers={"cache-control": "no-store"})
         del self.headers["content-length"]
         self._opened = opened
-        self._encode = encode
-        self._greeting = greeting
-        self._keep_alive = keep_alive
+        self._encoder = encoder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until one of the three ends."""
         async with self._opened() as items:
+            encoder = self._encoder(items)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(cancel_when_over, scope, receive, nursery.cancel_scope)
                 give, take = trio.open_memory_channel[bytes](_ITEMS)
-                nursery.start_soon(self._take, items, give)
-                await send({"type": "http.response.body", "body": self._greeting, "more_body": True})
-                await self._write(take, send)
+                nursery.start_soon(self._take, items, encoder, give)
+                await send({"type": "http.response.body", "body": encoder.greeting(), "more_body": True})
+                await self._write(take, encoder, send)
+                await send({"type": "http.response.body", "body": encoder.farewell(), "more_body": True})
                 nursery.cancel_scope.cancel()
             await send(_END)
 
-    async def _take(self, items: AsyncIterator[T], give: trio.MemorySendChannel[bytes]) -> None:
+    async def _take(self, items: Items, encoder: Encoder[T], give: trio.MemorySendChannel[bytes]) -> None:
         with give:
             try:
                 async for item in items:
-                    data = self._encode(item)
+                    data = encoder.encode(item)
                     if data:
                         # Most events come in batches: a task switch for each would be most of their cost.
                         try:
@@ -89,15 +102,17 @@ class Streaming(Response, Generic[T]):
                 if close is not None:
                     await close()
 
-    async def _write(self, take: trio.MemoryReceiveChannel[bytes], send: Send) -> None:
+    async def _write(self, take: trio.MemoryReceiveChannel[bytes], encoder: Encoder[T], send: Send) -> None:
         while True:
-            data = self._keep_alive
+            data = None
             with trio.move_on_after(KEEP_ALIVE_SECONDS):
                 try:
                     data = await take.receive()
                 except trio.EndOfChannel:
                     return
                 data += _what_is_there(take)
+            if data is None:
+                data = encoder.keep_alive()
             if data:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -149,12 +164,6 @@ async def cancel_when_over(scope: Scope, receive: Receive, cancel_scope: trio.Ca
 async def _cancel_when_draining(scope: Scope, cancel_scope: trio.CancelScope) -> None:
     await scope["extensions"][DRAINING].wait()
     cancel_scope.cancel()
-
-
-def sse(event: Event) -> bytes:
-    """Return an event as text/event-stream has it (HTML, 9.2.5); JSON has no line breaks of its own."""
-    data = msgspec.json.encode({"machine": event.machine, **event.data}, enc_hook=str)
-    return b"id: %b\nevent: %b\ndata: %b\n\n" % (event.id.encode(), event.kind.encode(), data)
 
 
 def _what_is_there(take: trio.MemoryReceiveChannel[bytes]) -> bytes:

@@ -50,6 +50,11 @@ class ConversionRules:
         state: the state of the machine's pages; only these rules change it.
         pinned: pages from 0 on that never change their state, or None.
         limits: what a guest may ask.
+
+    Attributes:
+        state: the state of the machine's pages.
+        sequence: the number of changes so far.
+        settled: what ``take_settled`` would return: to be looked at only.
     """
 
     def __init__(self, state: PageStateMap, *, pinned: GpaRange | None, limits: Limits) -> None:
@@ -64,7 +69,7 @@ class ConversionRules:
         self._long: deque[_Work] = deque()
         self._turns = SHORT_TURNS
         self._current: _Work | Change | None = None
-        self._settled: list[Ticket] = []
+        self.settled: list[Ticket] = []
         self._progress = NoProgressWatch(limits.no_progress)
         self._leaks = {side: RangeSet() for side in PageState}
 
@@ -83,7 +88,7 @@ class ConversionRules:
 
     def take_settled(self) -> list[Ticket]:
         """Return the tickets that were answered since the last call, in the order of their answers."""
-        settled, self._settled = self._settled, []
+        settled, self.settled = self.settled, []
         return settled
 
     def fail_all(self, stop: Stop) -> None:
@@ -108,11 +113,6 @@ class ConversionRules:
         return bool(self._long)
 
     # -- changes -------------------------------------------------------------------------------------------
-
-    @property
-    def has_settled(self) -> bool:
-        """Tell whether ``take_settled`` would return anything."""
-        return bool(self._settled)
 
     def next_change(self) -> Change | None:
         """Decide what comes next: answer what needs no change, and return the change to make, if any.
@@ -210,8 +210,9 @@ class ConversionRules:
                 self._start(ticket, range_, self._pending, [])
                 return None
             ticket.merged = 1
-            change = self._change(range_, request.to, explicit=request.cause is Cause.EXPLICIT, tickets=(ticket,))
-            self._current = change
+            to, leaked = request.to, self._leaks[request.to]
+            explicit = request.cause is Cause.EXPLICIT
+            self._current = change = Change(range_, to, explicit, leaked.within(range_) if leaked else (), (ticket,))
             return change
         return None
 
@@ -366,7 +367,7 @@ class ConversionRules:
 
     def _settle(self, ticket: Ticket, answer: Answer) -> None:
         ticket.answer = answer
-        self._settled.append(ticket)
+        self.settled.append(ticket)
 
     def _complete(self, work: _Work | Change) -> None:
         for ticket in work.tickets:

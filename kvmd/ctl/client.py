@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from kvmd.ctl.errors import CutOff, NotKvmd, Refused
 from kvmd.ctl.text import shown
-from kvmd.ctl.wire import Idle, Wire, connect
+from kvmd.ctl.wire import Wire, connect
 
 # http.client imports ssl where there is one, 10 ms and more for what no Unix socket needs; it is prepared for hosts
 # without. An entry of None in sys.modules makes an import fail (Python's import system, 5.3.1).
@@ -145,7 +145,6 @@ class Client:
         headers: Mapping[str, str] | None = None,
         *,
         silence_seconds: float | None = SILENCE_SECONDS,
-        idle: Idle | None = None,
     ) -> Iterator[Stream]:
         """Open a response without an end of its own.
 
@@ -154,12 +153,11 @@ class Client:
             query: its parameters.
             headers: of the request.
             silence_seconds: see ``Wire``.
-            idle: see ``Wire``.
 
         Raises:
             CtlError: as ``get``.
         """
-        wire = Wire(connect(self.path), silence_seconds=silence_seconds, output=self._output, idle=idle)
+        wire = Wire(connect(self.path), silence_seconds=silence_seconds, output=self._output)
         with _closing(Connection(wire)) as connection:
             with _told():
                 response = _answer(connection, "GET", _with_query(target, query), headers=headers)

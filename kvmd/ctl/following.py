@@ -10,6 +10,12 @@ from kvmd.ctl.client import Client, Query, machine_target
 from kvmd.ctl.errors import CtlError, CutOff, Refused, Unreachable
 from kvmd.ctl.sse import Event, Parser
 
+PASSING = frozenset({"stopping", "cut-off", "unreachable", "too-many-connections"})
+"""What a daemon that is stopped, started or busy says, or does not say."""
+
+_FORGOTTEN = frozenset({"unknown-event", "header-too-large", "invalid-request"})
+"""What a daemon says that has no use for the last event's id: of very many machines it does not fit in a header."""
+
 GIVE_UP_SECONDS = 60.0
 """How long kvmd may be away: longer than its restart takes."""
 
@@ -65,11 +71,13 @@ class Followed(NamedTuple):
         machine: its name, or None for all.
         kinds: of events; all where it is empty.
         last_id: the event to begin after; None for what happens from now on.
+        filters: of conversions, as the API has them.
     """
 
     machine: str | None
     kinds: tuple[str, ...] = ()
     last_id: str | None = None
+    filters: Query = ()
 
     @property
     def target(self) -> str:
@@ -79,7 +87,7 @@ class Followed(NamedTuple):
     @property
     def query(self) -> Query:
         """The stream's filters."""
-        return [("kind", kind) for kind in self.kinds]
+        return [*(("kind", kind) for kind in self.kinds), *self.filters]
 
 
 def follow(
@@ -143,10 +151,9 @@ class _Following:
 
     def _bear(self, error: CtlError) -> None:
         """Wait for the daemon to come back, or raise what nothing is gained by waiting for."""
-        passing = error.kind in {"stopping", "cut-off", "unreachable", "too-many-connections"}
-        if self._seen_any and passing:
+        if self._seen_any and error.kind in PASSING:
             self._patience.lost(error)
-        elif self._seen_any and error.kind == "invalid-request" and self._parser.last_id is not None:
+        elif self._seen_any and error.kind in _FORGOTTEN and self._parser.last_id is not None:
             # A daemon that has forgotten: the stream goes on from now.
             self._parser = Parser()
         else:

@@ -2,72 +2,102 @@
 
 from __future__ import annotations
 
+import binascii
 from collections.abc import Callable, Iterator
 
 from kvmd.ctl.client import Client
-from kvmd.ctl.errors import CutOff, Unreachable
-from kvmd.ctl.following import Patience, has_ended
-from kvmd.ctl.wire import Idle
-
-KEPT_SECONDS = 0.5
-"""What is kept comes at once: after so long without more, all of it was there."""
+from kvmd.ctl.errors import CtlError, CutOff, NotKvmd, Refused, Unreachable
+from kvmd.ctl.following import PASSING, Patience
+from kvmd.ctl.sse import Event, Parser
 
 LINE_LIMIT = 1 << 20
+
+_EVENTS = {"Accept": "text/event-stream"}
 
 
 def kept_output(client: Client, target: str) -> Iterator[bytes]:
     """Yield what is kept, and not what comes later."""
-
-    def over() -> None:
-        raise _AllThere
-
-    try:
-        with client.stream(target, silence_seconds=None, idle=Idle(KEPT_SECONDS, over)) as stream:
-            while data := stream.read():
-                yield data
-    except _AllThere:
-        return
+    with client.stream(target, [("follow", "false")]) as stream:
+        while data := stream.read():
+            yield data
 
 
 def follow_output(
-    client: Client, machine: str, target: str, patience: Patience, *, kept: Callable[[], None] | None = None
+    client: Client,
+    target: str,
+    patience: Patience,
+    *,
+    kept: Callable[[], None] | None = None,
+    dropped: Callable[[int], None] | None = None,
 ) -> Iterator[bytes]:
     """Yield what is kept and what comes, up to the machine's end.
 
-    A connection that is lost is made again. The stream then begins again too: as many bytes as were seen are skipped,
-    which is right as long as kvmd keeps all that the machine has printed.
+    A connection that is lost is made again, and the output goes on where it was.
 
     Args:
         client: asks the daemon.
-        machine: its name.
         target: the stream.
         patience: for lost connections.
         kept: called when what is kept has come.
+        dropped: told how many bytes are missing before those that come next: kvmd did not keep them.
     """
-    seen = 0
-    connected = False
-    idle = None if kept is None else Idle(KEPT_SECONDS, kept)
-    while True:
-        skip = seen
+    following = _Following(client, target, patience, dropped or (lambda _: None))
+    if kept is not None:
+        yield from following.output(follow=False)
+        kept()
+    yield from following.output(follow=True)
+
+
+class _Following:
+    """One output over any number of connections."""
+
+    def __init__(self, client: Client, target: str, patience: Patience, dropped: Callable[[int], None]) -> None:
+        self._client = client
+        self._target = target
+        self._patience = patience
+        self._dropped = dropped
+        self._parser = Parser()
+        self._connected = False
+
+    def output(self, *, follow: bool) -> Iterator[bytes]:
+        """Yield what comes, to the machine's end or to that of what there is now."""
+        while True:
+            try:
+                for event in self._events(follow=follow):
+                    if event.kind == "output":
+                        yield self._data(event)
+                    elif event.kind == "end" and (event.data.get("ended") is True or not follow):
+                        return
+            except (Refused, CutOff, Unreachable) as error:
+                self._bear(error)
+                continue
+            self._patience.lost(CutOff("kvmd is stopping"))
+
+    def _events(self, *, follow: bool) -> Iterator[Event]:
+        parser = self._parser
+        headers = _EVENTS if parser.last_id is None else {**_EVENTS, "Last-Event-ID": parser.last_id}
+        parser.restart()
+        query = [("follow", "true" if follow else "false")]
+        with self._client.stream(self._target, query, headers) as stream:
+            self._patience.connected()
+            self._connected = True
+            while data := stream.read():
+                yield from parser.feed(data)
+
+    def _data(self, event: Event) -> bytes:
+        data, dropped = event.data.get("data"), event.data.get("dropped")
+        if isinstance(dropped, int) and dropped > 0:
+            self._dropped(dropped)
         try:
-            # There are no keep-alives here: a machine may print nothing for days.
-            with client.stream(target, silence_seconds=None, idle=idle) as stream:
-                patience.connected()
-                connected, idle = True, None
-                while data := stream.read():
-                    fresh = data[skip:]
-                    skip = max(0, skip - len(data))
-                    seen += len(fresh)
-                    if fresh:
-                        yield fresh
-        except (CutOff, Unreachable) as error:
-            if not connected:
-                raise
-            patience.lost(error)
-            continue
-        if has_ended(client, machine, patience):
-            return
-        patience.lost(CutOff("kvmd is stopping"))
+            return binascii.a2b_base64(data if isinstance(data, str) else "-", strict_mode=True)
+        except ValueError as error:
+            raise NotKvmd("the stream has output that is no base64") from error
+
+    def _bear(self, error: CtlError) -> None:
+        """Wait for the daemon to come back, or raise what nothing is gained by waiting for."""
+        if not self._connected or error.kind not in PASSING:
+            raise error
+        self._patience.lost(error)
 
 
 class Lines:
@@ -87,7 +117,3 @@ class Lines:
         """Return what is there of the last line."""
         rest, self._rest = self._rest, b""
         return rest
-
-
-class _AllThere(Exception):
-    """What is kept has come."""

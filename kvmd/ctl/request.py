@@ -23,7 +23,6 @@ from kvmd.units import parse_size
 
 BUILTIN_PREFIX = "builtin:"
 
-_FILE_LIMIT = 1 << 20
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -113,20 +112,15 @@ def _opened(image: Path | None) -> Iterator[tuple[tuple[int, ...], str | None]]:
 def _loaded(path: Path) -> dict[str, object]:
     """Return what a TOML file says; the daemon checks what it means."""
     import json  # noqa: PLC0415 - only for files
-    import tomllib  # noqa: PLC0415 - likewise
+
+    from kvmd.errors import ConfigError  # noqa: PLC0415 - likewise
+    from kvmd.toml_file import read_toml  # noqa: PLC0415 - likewise: it imports msgspec
 
     name = shown(path)
     try:
-        with path.open("rb") as file:
-            data = file.read(_FILE_LIMIT + 1)
-    except OSError as error:
-        raise Mistake(f"cannot read {name}: {error.strerror}") from error
-    if len(data) > _FILE_LIMIT:
-        raise Mistake(f"{name}: more than {_FILE_LIMIT >> 20} MiB is no machine's configuration")
-    try:
-        document = tomllib.loads(data.decode() + "\n")
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{name}: not TOML: {shown(error)}") from error
+        document = read_toml(path, whose="machine")
+    except ConfigError as error:
+        raise Mistake(shown(error)) from error
     try:
         _sizes_in_bytes(document, "memory")
         conversion = document.get("conversion")

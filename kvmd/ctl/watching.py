@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
 from kvmd.ctl.answers import an_object, objects, text
 from kvmd.ctl.client import Client, machine_target
 from kvmd.ctl.errors import Refused
-from kvmd.ctl.figures import Counted, Hot, HotPages, Rates, Row, counted
+from kvmd.ctl.figures import Hot, HotPages, Rates, Row, counted
 
 LOOKED_AT = 512
 """Conversions of a machine that one look reads for its hottest pages: a sample, since there may be 100,000 a second."""
 
 _ASKED_LIMIT = 200
-"""Machines that one look asks for their counters."""
+"""Machines that one look asks for their conversions."""
 
 
 class Look:
@@ -35,13 +34,6 @@ class Look:
         }
 
 
-class _Live(NamedTuple):
-    """A machine that may have done something."""
-
-    name: str
-    state: str
-
-
 class Watcher:
     """Looks at machines again and again.
 
@@ -56,40 +48,41 @@ class Watcher:
         self._rates = Rates()
         self._hot = HotPages()
         self._seen: dict[str, int] = {}
+        self._asked = 0
 
     def look(self) -> Look:
-        """Ask all machines; those that run first, then those that do not."""
+        """Ask for all machines; those that run come first, then those that do not."""
+        self._asked = 0
         machines = [
-            _Live(text(machine, "name"), text(machine, "state"))
-            for machine in objects(self._client.get("/v1/machines"), "machines")
+            machine
+            for machine in objects(self._client.get("/v1/counters"), "machines")
+            if not self._names or text(machine, "name") in self._names
         ]
-        machines = [each for each in machines if not self._names or each.name in self._names]
+        now = time.monotonic()
         self._hot.age()
         rows = []
-        asked = 0
-        for machine in sorted(machines, key=lambda each: (each.state == "stopped", each.name)):
+        for machine in sorted(machines, key=lambda each: (text(each, "state") == "stopped", text(each, "name"))):
+            name, state = text(machine, "name"), text(machine, "state")
             found = None
-            if machine.state in {"running", "paused"} and asked < _ASKED_LIMIT:
-                asked += 1
-                found = self._ask(machine.name)
-            rows.append(self._rates.row(machine.name, machine.state, time.monotonic(), found))
+            if state in {"running", "paused"} and machine.get("counters") is not None:
+                found = counted(an_object(machine, "counters"))
+                self._look_at_pages(name, found.requests)
+            rows.append(self._rates.row(name, state, now, found))
         names = [row.name for row in rows]
         self._rates.keep(names)
         self._seen = {name: at for name, at in self._seen.items() if name in names}
         return Look(rows, self._hot.hottest())
 
-    def _ask(self, name: str) -> Counted | None:
-        """Return a machine's counters, and count its latest conversions; None where it has gone meanwhile."""
+    def _look_at_pages(self, name: str, requests: int) -> None:
+        """Count a machine's latest conversions by range, where there were any since the last look."""
+        if requests < self._seen.get(name, 0):
+            self._seen.pop(name)  # another machine of that name
+        if requests <= self._seen.get(name, 0) or self._asked >= _ASKED_LIMIT:
+            return
+        self._asked += 1
+        query = [("since", self._seen.get(name, 0)), ("last", LOOKED_AT)]
         try:
-            found = counted(an_object(self._client.get(machine_target(name, "counters"))))
-            since = max(found.requests - LOOKED_AT, 0)
-            if found.requests < self._seen.get(name, 0):
-                self._seen.pop(name)  # another machine of that name
-            if found.requests > self._seen.get(name, 0):
-                query = [("since", max(since, self._seen.get(name, 0))), ("limit", LOOKED_AT)]
-                answer = self._client.get(machine_target(name, "conversions"), query)
-                self._hot.add(name, objects(answer, "conversions"))
-                self._seen[name] = found.requests
+            self._hot.add(name, objects(self._client.get(machine_target(name, "conversions"), query), "conversions"))
         except Refused:
-            return None
-        return found
+            return  # it has gone meanwhile
+        self._seen[name] = requests

@@ -13,9 +13,9 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kvmd.ctl.errors import CutOff, Unreachable
 from kvmd.ctl.text import shown
@@ -31,18 +31,6 @@ VIEWERS_SOCKET_PATH = "/run/kvmd/view.sock"
 _CONNECT_SECONDS = 10.0
 
 
-class Idle(NamedTuple):
-    """What is done once where nothing comes for a while; the read goes on where it returns.
-
-    Attributes:
-        seconds: the while.
-        act: does it.
-    """
-
-    seconds: float
-    act: Callable[[], None]
-
-
 class Wire:
     """One connected socket.
 
@@ -52,7 +40,6 @@ class Wire:
         silence_seconds: how long nothing may come, or None. A stream says something every 15 seconds.
         output: a descriptor whose reader may go away; then a read ends with BrokenPipeError. A pipe to ``head`` would
             otherwise be noticed at the next event, which may be tomorrow.
-        idle: what is done once where nothing comes for a while.
         read_ahead: whether more may be read than was asked for; not where the connection becomes something else.
     """
 
@@ -63,13 +50,11 @@ class Wire:
         seconds: float | None = None,
         silence_seconds: float | None = None,
         output: int | None = None,
-        idle: Idle | None = None,
         read_ahead: bool = True,
     ) -> None:
         self.socket = connected
         self._silence_seconds = silence_seconds
         self._output = output
-        self._idle = idle
         self._read_ahead = read_ahead
         self._files: Sequence[int] = ()
         self.set_deadline(seconds)
@@ -132,11 +117,6 @@ class Wire:
         poll.register(self.socket, events)
         if self._output is not None:
             poll.register(self._output, 0)  # POLLERR and POLLHUP are told unasked (poll(2))
-        if self._idle is not None:
-            if self._polled(poll, self._idle.seconds * 1000):
-                return
-            idle, self._idle = self._idle, None
-            idle.act()
         if not self._polled(poll, self._milliseconds()):
             raise CutOff("kvmd does not answer: the connection was silent for too long")
 

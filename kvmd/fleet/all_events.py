@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from kvmd.fleet.base import Event
+from kvmd.fleet.base import Event, EventStream
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.machine_events import MachineEvents
-from kvmd.fleet.places import START, Place, format_places
-from kvmd.fleet.streams import Stream
+from kvmd.fleet.places import START, Place, Places
+from kvmd.fleet.streams import PlacedStream
 
 _IN_FLIGHT = 64
 """Events that wait for a slow reader here; all others wait where they happen."""
@@ -51,13 +51,13 @@ class AllEvents:
     def __init__(self, entries: Iterable[Entry], places: dict[int, Place] | None) -> None:
         self._entries = list(entries)
         self._known = places
-        self._places: dict[int, Place] = {}
+        self._places = Places()
         self._send, self._receive = trio.open_memory_channel[tuple[Entry, Place | None, str, dict[str, object]]](
             _IN_FLIGHT
         )
 
     @asynccontextmanager
-    async def follow(self, newcomers: Newcomers) -> AsyncIterator[AsyncIterator[Event]]:
+    async def follow(self, newcomers: Newcomers) -> AsyncIterator[EventStream]:
         """Follow all machines, and those that come."""
         async with trio.open_nursery() as nursery:
 
@@ -65,7 +65,7 @@ class AllEvents:
                 if entry.deleted:
                     nursery.start_soon(self._tell_deleted, entry)
                 else:
-                    self._places[entry.info.created_ns] = START
+                    self._places.set(entry.info.created_ns, START)
                     nursery.start_soon(self._follow_new, MachineEvents(entry, START), entry)
 
             newcomers.add(came_or_went)
@@ -76,9 +76,9 @@ class AllEvents:
                             place = None
                         else:
                             place = self._known.get(entry.info.created_ns, START)
-                            self._places[entry.info.created_ns] = place
+                            self._places.set(entry.info.created_ns, place)
                         opening.start_soon(self._open_one, MachineEvents(entry, place), entry, nursery)
-                yield Stream(self._next)
+                yield PlacedStream(self._next, lambda: str(self._places))
             finally:
                 newcomers.remove(came_or_went)
                 nursery.cancel_scope.cancel()
@@ -89,7 +89,7 @@ class AllEvents:
         if scope.cancelled_caught:
             await events.aclose()
         if events.place is not None:
-            self._places.setdefault(entry.info.created_ns, events.place)
+            self._places.set(entry.info.created_ns, events.place)
         nursery.start_soon(self._follow_one, events, entry)
 
     async def _follow_new(self, events: MachineEvents, entry: Entry) -> None:
@@ -109,7 +109,7 @@ class AllEvents:
     async def _next(self) -> Event:
         entry, place, kind, data = await self._receive.receive()
         if place is None:
-            self._places.pop(entry.info.created_ns, None)
+            self._places.forget(entry.info.created_ns)
         else:
-            self._places[entry.info.created_ns] = place
-        return Event(id=format_places(self._places), kind=kind, machine=entry.name, data=data)
+            self._places.set(entry.info.created_ns, place)
+        return Event(id=str(self._places), kind=kind, machine=entry.name, data=data)

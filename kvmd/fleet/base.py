@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from kvmd.conversion.hottest import HotRange
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 
@@ -42,6 +43,7 @@ class Counters(msgspec.Struct, frozen=True):
         shared_bytes, private_bytes: of all memory, now.
         waiting_us, applying_us, discarding_us: percentiles 50, 90 and 99 and the maximum, in microseconds.
         lost: records that the ring dropped before they were counted.
+        hottest: the ranges that were converted most, hottest first; a handful.
     """
 
     requests: dict[tuple[str, str, str], int]
@@ -51,6 +53,38 @@ class Counters(msgspec.Struct, frozen=True):
     applying_us: tuple[float, float, float, float]
     discarding_us: tuple[float, float, float, float]
     lost: int
+    hottest: tuple[HotRange, ...] = ()
+
+
+class MemoryMap(msgspec.Struct, frozen=True):
+    """The state of all memory.
+
+    Attributes:
+        ranges: the fewest that say it, in order.
+        pinned: what never converts, or None.
+    """
+
+    ranges: Sequence[tuple[GpaRange, PageState]]
+    pinned: GpaRange | None = None
+
+
+class OutputPart(msgspec.Struct, frozen=True):
+    """Some bytes of what a machine prints or logs.
+
+    Attributes:
+        start: the place of the first one, counted from the output's first byte.
+        dropped: how many before them were asked for and are not kept any more.
+        data: the bytes.
+    """
+
+    start: int
+    dropped: int
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        """The place after the last byte: where to go on."""
+        return self.start + len(self.data)
 
 
 class MachineInfo(msgspec.Struct, frozen=True):
@@ -88,14 +122,31 @@ class Event(msgspec.Struct, frozen=True):
         machine: its name.
         data: JSON object. Of a conversion, what ``kvmd.log.conversion_event`` makes; of a lifecycle event ``change``
             (``created``, ``started``, ``paused``, ``resumed``, ``stopped``, ``deleted``), ``state``, ``time`` and at
-            the end ``reason``, ``message``, ``status`` and ``signal``; of counters the fields of ``Counters`` with
-            ``requests`` as a list of objects; of lost ``lost``, a number.
+            the end ``reason``, ``message``, ``status`` and ``signal``; of counters what ``counters_document`` makes;
+            of lost ``lost``, a number.
     """
 
     id: str
     kind: str
     machine: str
     data: dict[str, object]
+
+
+class EventStream(Protocol):
+    """Events as they come."""
+
+    @property
+    def place(self) -> str | None:
+        """The id before the first event that is still to come: a reader that has seen none comes back with it.
+
+        None where that is not known yet.
+        """
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        """Return itself."""
+
+    async def __anext__(self) -> Event:
+        """Return the next event."""
 
 
 class Console(Protocol):
@@ -173,8 +224,8 @@ class Fleet(Protocol):
     async def counters(self, name: str) -> Counters:
         """Return what the machine did so far; of a stopped one, at its end."""
 
-    async def memory_map(self, name: str) -> Sequence[tuple[GpaRange, PageState]]:
-        """Return the state of all memory, as the fewest ranges, in order."""
+    async def memory_map(self, name: str) -> MemoryMap:
+        """Return the state of all memory."""
 
     async def read_memory(self, name: str, gpa: int, size_bytes: int) -> bytes:
         """Return shared memory. Raises PrivateMemory where a page of it is private, ValueError outside memory."""
@@ -182,21 +233,62 @@ class Fleet(Protocol):
     async def conversions(self, name: str, *, since: int, limit: int) -> Sequence[dict[str, object]]:
         """Return the recent conversions with a sequence above ``since``, oldest first, at most ``limit``."""
 
-    def events(self, name: str | None, *, last_id: str | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    async def last_conversion(self, name: str) -> int:
+        """Return the sequence of the last conversion; 0 where there was none."""
+
+    def events(self, name: str | None, *, last_id: str | None) -> AbstractAsyncContextManager[EventStream]:
         """Stream what happens to one machine, or to all.
 
         Without ``last_id`` from now on; else from after that event, as far back as is kept, with a ``lost`` where
         something is missing. One machine's stream ends with its machine.
 
         Raises (on entering):
-            ValueError: ``last_id`` was never an id of such a stream.
+            ValueError: ``last_id`` was never an id of this stream.
         """
 
     def console(self, name: str) -> AbstractAsyncContextManager[Console]:
         """Attach to a machine's console: what it printed lately comes first."""
 
-    def console_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Follow what a machine prints, from its beginning as far back as it is kept."""
+    def console_output(
+        self, name: str, *, start: int = 0, follow: bool = True
+    ) -> AbstractAsyncContextManager[AsyncIterator[OutputPart]]:
+        """Read what a machine prints.
 
-    def log_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Follow what a machine's process logs, as lines of JSON, from as far back as it is kept."""
+        Args:
+            name: the machine's.
+            start: the place to begin at, or as near after it as is kept; one beyond the end is the end.
+            follow: go on with what comes, to the machine's end; else end with what there is now.
+        """
+
+    def log_output(
+        self, name: str, *, start: int = 0, follow: bool = True
+    ) -> AbstractAsyncContextManager[AsyncIterator[OutputPart]]:
+        """Read what a machine's process logs, as lines of JSON; the rest as ``console_output``."""
+
+
+def counters_document(counters: Counters) -> dict[str, object]:
+    """Return counters as JSON has them, in the stream and elsewhere: the fields of ``Counters``, with names.
+
+    Latencies have ``p50``, ``p90``, ``p99`` and ``max``; requests ``cause``, ``to``, ``outcome`` and ``count``; the
+    hottest ranges ``gpa``, ``size``, ``count`` and ``overcount``.
+    """
+    return {
+        "requests": [
+            {"cause": cause, "to": to, "outcome": outcome, "count": count}
+            for (cause, to, outcome), count in sorted(counters.requests.items())
+        ],
+        "shared_bytes": counters.shared_bytes,
+        "private_bytes": counters.private_bytes,
+        "waiting_us": _latency(counters.waiting_us),
+        "applying_us": _latency(counters.applying_us),
+        "discarding_us": _latency(counters.discarding_us),
+        "lost": counters.lost,
+        "hottest": [
+            {"gpa": hex(hot.gpa), "size": hot.size_bytes, "count": hot.count, "overcount": hot.overcount}
+            for hot in counters.hottest
+        ],
+    }
+
+
+def _latency(values: tuple[float, float, float, float]) -> dict[str, float]:
+    return dict(zip(("p50", "p90", "p99", "max"), values, strict=True))

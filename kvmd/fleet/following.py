@@ -9,6 +9,7 @@ import structlog
 import trio
 
 from kvmd.errors import MachineStateError
+from kvmd.fleet.base import OutputPart
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.streams import Stream
 from kvmd.machine_process.client import ControlClient, HungUp
@@ -29,14 +30,25 @@ class OutputFollower:
     Args:
         entry: the machine.
         output: which of its outputs; its files have the same name.
-        last: start this many bytes before the end, or None for the oldest that is kept.
+        start: the place to begin at.
+        last: begin this many bytes before the end instead.
+        follow: go on to the machine's end, and not only to the end of what there is now.
     """
 
-    def __init__(self, entry: Entry, output: Literal["console", "log"], *, last: int | None = None) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        output: Literal["console", "log"],
+        *,
+        start: int = 0,
+        last: int | None = None,
+        follow: bool = True,
+    ) -> None:
         self._entry = entry
         self._output = output
+        self._follow = follow
         self._client: ControlClient | None = None
-        self._offset = 0
+        self._offset = start
         self._began = False
         self.dropped = 0
         """Bytes that were not kept for as long as this reader took."""
@@ -44,14 +56,14 @@ class OutputFollower:
         if segments and last is not None:
             self._offset = max(0, sum(segments[-1]) - last)
 
-    async def read(self) -> bytes:
-        """Return what comes next, or nothing at the machine's end."""
+    async def read(self) -> OutputPart | None:
+        """Return what comes next, or None at the end."""
         await trio.lowlevel.checkpoint()
         while True:
             if self._client is None:
                 ended = self._entry.ended  # first the look, then the file: nothing is written after the end
                 if self._entry.deleted:
-                    return b""
+                    return None
                 piece = read_segments(self._entry.folder.fd, self._output, self._offset, _READ_AT_ONCE)
                 if not ended and (piece.dropped or not piece.data):
                     # What the disk had no room for may still be in the process's memory.
@@ -61,20 +73,16 @@ class OutputFollower:
                     await self.aclose()
                     if not piece.data:
                         continue
-                return self._took(piece) if piece.data else b""
+                return self._took(piece)
             answer = await self._client.receive()
             if isinstance(answer, OutputPiece):
                 return self._took(answer)
             await self.aclose()
             await self._entry.wait(lambda: self._entry.ended)
 
-    def stream(self) -> AsyncIterator[bytes]:
-        """Return what comes until the machine's end, as a stream."""
-
-        async def following() -> bytes | None:
-            return await self.read() or None
-
-        return Stream(following)
+    def stream(self) -> AsyncIterator[OutputPart]:
+        """Return what comes until the end, as a stream."""
+        return Stream(self.read)
 
     async def aclose(self) -> None:
         """Hang up; harmless the second time."""
@@ -86,7 +94,7 @@ class OutputFollower:
         """Follow the process, and return its first answer; None once it has ended."""
         try:
             self._client = await ControlClient.connect(self._entry.folder)
-            await self._client.send(FollowOutput(self._output, self._offset))
+            await self._client.send(FollowOutput(self._output, self._offset, self._follow))
             answer = await self._client.receive()
         except (HungUp, BadMessage):
             answer = None
@@ -96,14 +104,16 @@ class OutputFollower:
         await self._entry.wait(lambda: self._entry.ended)
         return None
 
-    def _took(self, piece: Piece | OutputPiece) -> bytes:
+    def _took(self, piece: Piece | OutputPiece) -> OutputPart | None:
+        if not piece.data:
+            return None
         # Before the first byte it is not this reader who was too slow.
         if piece.dropped and self._began:
             self.dropped += piece.dropped
             _log.warning("output-dropped", machine=self._entry.name, output=self._output, bytes=piece.dropped)
         self._began = True
         self._offset = piece.start + len(piece.data)
-        return piece.data
+        return OutputPart(piece.start, piece.dropped, piece.data)
 
 
 class MachineConsole:
@@ -119,7 +129,8 @@ class MachineConsole:
 
     async def receive(self) -> bytes:
         """Return the next output; empty at the machine's end."""
-        return await self._output.read()
+        part = await self._output.read()
+        return b"" if part is None else part.data
 
     async def send(self, data: bytes) -> None:
         """Give the guest input; waits while the guest does not take it.

@@ -14,16 +14,16 @@ from kvmd.errors import MachineExists, MachineSilent, MachineStateError, Unknown
 from kvmd.fleet import looking
 from kvmd.fleet.all_events import AllEvents, Newcomers
 from kvmd.fleet.asking import ALIVE, ask
-from kvmd.fleet.base import Console, Counters, Event, MachineInfo, MachineState
+from kvmd.fleet.base import Console, Counters, Event, EventStream, MachineInfo, MachineState, MemoryMap, OutputPart
 from kvmd.fleet.creation import Creator
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.following import MachineConsole, OutputFollower
 from kvmd.fleet.machine_events import MachineEvents
-from kvmd.fleet.places import parse_place, parse_places
+from kvmd.fleet.places import never_an_id, parse_place, parse_places
 from kvmd.fleet.recovery import conclude, recover
 from kvmd.fleet.spawner_link import SPAWNER, SpawnerLink
 from kvmd.fleet.state_folder import StateFolder
-from kvmd.fleet.streams import Stream
+from kvmd.fleet.streams import PlacedStream
 from kvmd.machine_process.folder import (
     CONSOLE,
     END,
@@ -43,7 +43,6 @@ from kvmd.machine_process.messages import (
     Status,
 )
 from kvmd.machine_process.spawning import Reaped
-from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 
 _LAST_WORDS_SECONDS = 2.0
@@ -210,8 +209,8 @@ class LocalFleet:
         """Return what the machine did so far; of one that ended without a word, nothing."""
         return await looking.counters(self._entry(name))
 
-    async def memory_map(self, name: str) -> Sequence[tuple[GpaRange, PageState]]:
-        """Return the state of all memory, as the fewest ranges, in order."""
+    async def memory_map(self, name: str) -> MemoryMap:
+        """Return the state of all memory."""
         return await looking.memory_map(self._entry(name))
 
     async def read_memory(self, name: str, gpa: int, size_bytes: int) -> bytes:
@@ -222,8 +221,12 @@ class LocalFleet:
         """Return the recent conversions with a sequence above ``since``, oldest first, at most ``limit``."""
         return await looking.conversions(self._entry(name), since=since, limit=limit)
 
+    async def last_conversion(self, name: str) -> int:
+        """Return the sequence of the last conversion; 0 where there was none."""
+        return await looking.last_conversion(self._entry(name))
+
     @asynccontextmanager
-    async def events(self, name: str | None, *, last_id: str | None) -> AsyncIterator[AsyncIterator[Event]]:
+    async def events(self, name: str | None, *, last_id: str | None) -> AsyncIterator[EventStream]:
         """Stream what happens to one machine, or to all."""
         if name is None:
             places = None if last_id is None else parse_places(last_id)
@@ -233,6 +236,8 @@ class LocalFleet:
         followed = MachineEvents(self._entry(name), None if last_id is None else parse_place(last_id))
         try:
             await followed.open()
+            if followed.ahead:
+                raise never_an_id(str(last_id), "this machine's")
             yield _as_events(followed, name)
         finally:
             await followed.aclose()
@@ -247,13 +252,17 @@ class LocalFleet:
         finally:
             await console.aclose()
 
-    def console_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Follow what a machine prints, from its beginning as far back as it is kept."""
-        return _follow(lambda: OutputFollower(self._entry(name), CONSOLE))
+    def console_output(
+        self, name: str, *, start: int = 0, follow: bool = True
+    ) -> AbstractAsyncContextManager[AsyncIterator[OutputPart]]:
+        """Read what a machine prints."""
+        return _follow(lambda: OutputFollower(self._entry(name), CONSOLE, start=start, follow=follow))
 
-    def log_output(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Follow what a machine's process logs, as lines of JSON, from as far back as it is kept."""
-        return _follow(lambda: OutputFollower(self._entry(name), LOG))
+    def log_output(
+        self, name: str, *, start: int = 0, follow: bool = True
+    ) -> AbstractAsyncContextManager[AsyncIterator[OutputPart]]:
+        """Read what a machine's process logs, as lines of JSON."""
+        return _follow(lambda: OutputFollower(self._entry(name), LOG, start=start, follow=follow))
 
     # -- inside
 
@@ -351,18 +360,18 @@ def _state(text: str) -> MachineState:
     return next((state for state in _STATES[:3] if state == text), "running")
 
 
-def _as_events(followed: MachineEvents, name: str) -> AsyncIterator[Event]:
+def _as_events(followed: MachineEvents, name: str) -> EventStream:
     async def following() -> Event | None:
         happened = await followed.next()
         if happened is None:
             return None
         return Event(id=str(happened.place), kind=happened.kind, machine=name, data=happened.data)
 
-    return Stream(following)
+    return PlacedStream(following, lambda: None if followed.place is None else str(followed.place))
 
 
 @asynccontextmanager
-async def _follow(make: Callable[[], OutputFollower]) -> AsyncIterator[AsyncIterator[bytes]]:
+async def _follow(make: Callable[[], OutputFollower]) -> AsyncIterator[AsyncIterator[OutputPart]]:
     follower = make()
     try:
         await trio.lowlevel.checkpoint()

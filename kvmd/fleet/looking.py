@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import structlog
 import trio
 
+from kvmd.conversion.hottest import HotRange
 from kvmd.errors import MachineStateError
 from kvmd.fleet.asking import ask
-from kvmd.fleet.base import Counters
+from kvmd.fleet.base import Counters, MemoryMap
 from kvmd.fleet.entry import Entry
 from kvmd.log import conversion_event
 from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
@@ -23,12 +24,15 @@ from kvmd.machine_process.messages import (
     Conversions,
     CounterValues,
     Memory,
-    MemoryMap,
 )
+from kvmd.machine_process.messages import MemoryMap as MapAnswer
 from kvmd.ranges import GpaRange, PageState
 
 READ_MEMORY_LIMIT = 16 << 20
 """Bytes of guest memory that one call reads, at most."""
+
+_BEYOND = 1 << 62
+"""A sequence that no machine reaches."""
 
 _NO_TIMES = (0.0, 0.0, 0.0, 0.0)
 
@@ -46,6 +50,11 @@ async def counters(entry: Entry) -> Counters:
     if values is None:
         values = CounterValues([], 0, 0, _NO_TIMES, _NO_TIMES, _NO_TIMES, 0)
     await trio.lowlevel.checkpoint()
+    return counters_of(values)
+
+
+def counters_of(values: CounterValues) -> Counters:
+    """Return what a machine's process says of itself as the fleet's word for it."""
     return Counters(
         requests={(cause, to, outcome): requests for cause, to, outcome, requests in values.requests},
         shared_bytes=values.shared_bytes,
@@ -54,13 +63,15 @@ async def counters(entry: Entry) -> Counters:
         applying_us=values.applying_us,
         discarding_us=values.discarding_us,
         lost=values.lost,
+        hottest=tuple(HotRange(*hot) for hot in values.hottest),
     )
 
 
-async def memory_map(entry: Entry) -> Sequence[tuple[GpaRange, PageState]]:
-    """Return the state of all memory, as the fewest ranges, in order."""
-    answer = await ask(entry, "show the memory of it", AskMap(), MemoryMap)
-    return [(GpaRange(start, end), PageState(state)) for start, end, state in answer.ranges]
+async def memory_map(entry: Entry) -> MemoryMap:
+    """Return the state of all memory."""
+    answer = await ask(entry, "show the memory of it", AskMap(), MapAnswer)
+    ranges = [(GpaRange(start, end), PageState(state)) for start, end, state in answer.ranges]
+    return MemoryMap(ranges, None if answer.pinned is None else GpaRange(*answer.pinned))
 
 
 async def read_memory(entry: Entry, gpa: int, size_bytes: int) -> bytes:
@@ -90,12 +101,31 @@ async def conversions(entry: Entry, *, since: int, limit: int) -> Sequence[dict[
         found += [conversion_event(record, entry.name) for record in records]
         since = records[-1].sequence
     await trio.lowlevel.checkpoint()
-    if entry.ended and not entry.deleted and len(found) < limit:
-        try:
-            last = entry.folder.read(LAST_CONVERSIONS, LastConversions)
-        except BadFile as error:
-            _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
-            last = None
+    if entry.ended and len(found) < limit:
+        last = _left_behind(entry)
         rest = [] if last is None else [record for record in last.records if record.sequence > since]
         found += [conversion_event(record, entry.name) for record in rest[: limit - len(found)]]
     return found
+
+
+async def last_conversion(entry: Entry) -> int:
+    """Return the sequence of the last conversion; 0 where there was none."""
+    if not entry.ended:
+        try:
+            return (await ask(entry, "list conversions of it", AskConversions(_BEYOND, 1), Conversions)).last
+        except MachineStateError:
+            pass  # it ended just now
+    await trio.lowlevel.checkpoint()
+    last = _left_behind(entry)
+    return 0 if last is None else last.count
+
+
+def _left_behind(entry: Entry) -> LastConversions | None:
+    """Return the conversions that a machine which has ended left."""
+    if entry.deleted:
+        return None
+    try:
+        return entry.folder.read(LAST_CONVERSIONS, LastConversions)
+    except BadFile as error:
+        _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
+        return None

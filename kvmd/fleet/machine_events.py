@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import msgspec
-
 from kvmd.conversion.record import ConversionRecord
+from kvmd.fleet.base import counters_document
 from kvmd.fleet.entry import Entry
+from kvmd.fleet.looking import counters_of
 from kvmd.fleet.places import START, Place
 from kvmd.log import conversion_event
 from kvmd.machine_process.client import ControlClient, HungUp
@@ -42,6 +42,8 @@ class MachineEvents:
         self._client: ControlClient | None = None
         self._pending: deque[Happened] = deque()
         self._finished = False
+        self.ahead = False
+        """Whether the place that it was told lies after all that ever happened: it was never this machine's."""
 
     @property
     def place(self) -> Place | None:
@@ -82,7 +84,7 @@ class MachineEvents:
                 self._take(answer)
             elif isinstance(answer, CounterValues):
                 place = self._place if self._place is not None else START
-                self._pending.append(Happened(place, "counters", counters_event(answer)))
+                self._pending.append(Happened(place, "counters", counters_document(counters_of(answer))))
             else:
                 await self.aclose()
         happened = self._pending.popleft()
@@ -120,6 +122,8 @@ class MachineEvents:
         lost = batch.lost_lifecycle + batch.lost_conversions
         if self._place is None:
             self._place = start
+        elif start.step < self._place.step or start.conversion < self._place.conversion:
+            self.ahead = True
         elif lost:
             self._pending.append(Happened(start, "lost", {"lost": lost}))
         place = start
@@ -146,17 +150,6 @@ def lifecycle_event(event: LifecycleEvent) -> dict[str, object]:
     data: dict[str, object] = {"change": event.change, "state": event.state, "time": iso_time(event.wall_ns)}
     if event.change == "stopped":
         data.update(reason=event.reason, message=event.message, status=event.status, signal=event.signal)
-    return data
-
-
-def counters_event(values: CounterValues) -> dict[str, object]:
-    """Return counters as ``kvmd.fleet.base.Event`` says."""
-    data: dict[str, object] = msgspec.to_builtins(values)
-    data.pop("type", None)
-    data["requests"] = [
-        {"cause": cause, "to": to, "outcome": outcome, "requests": requests}
-        for cause, to, outcome, requests in values.requests
-    ]
     return data
 
 

@@ -8,7 +8,6 @@ remembered for a reader, and a daemon that is started anew understands the ids o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 _PLACE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})", re.ASCII)
@@ -37,17 +36,29 @@ def parse_place(text: str) -> Place:
     """
     found = _PLACE.fullmatch(text)
     if found is None:
-        raise ValueError(f"{text[:80]!r} was never an id of a machine's events")
+        raise never_an_id(text, "a machine's")
     return Place(int(found[1]), int(found[2]))
 
 
-def format_places(places: Mapping[int, Place]) -> str:
-    """Return the id of a place in the stream of all machines.
+class Places:
+    """A place in the stream of all machines; its text is the id.
 
-    Args:
-        places: by the nanosecond of each machine's creation.
+    Each machine's part is kept as text: an event changes one of them, and a hundred machines may be followed.
     """
-    return "~".join([_ALL, *(f"{created_ns:x}.{place}" for created_ns, place in places.items())])
+
+    def __init__(self) -> None:
+        self._texts: dict[int, str] = {}
+
+    def set(self, created_ns: int, place: Place) -> None:
+        """Note the place in the events of a machine, by the nanosecond of its creation."""
+        self._texts[created_ns] = f"{created_ns:x}.{place}"
+
+    def forget(self, created_ns: int) -> None:
+        """Forget a machine; harmless where it is not known."""
+        self._texts.pop(created_ns, None)
+
+    def __str__(self) -> str:
+        return "~".join([_ALL, *self._texts.values()])
 
 
 def parse_places(text: str) -> dict[int, Place]:
@@ -65,5 +76,10 @@ def parse_places(text: str) -> dict[int, Place]:
             created, _, place = part.partition(".")
             places[int(created, 16)] = parse_place(place)
     except ValueError as error:
-        raise ValueError(f"{text[:80]!r} was never an id of the daemon's events") from error
+        raise never_an_id(text, "the daemon's") from error
     return places
+
+
+def never_an_id(text: str, whose: str) -> ValueError:
+    """Return the error for an id that a stream of events never had."""
+    return ValueError(f"{text[:80]!r} was never an id of {whose} events")

@@ -2,7 +2,7 @@
 
 ::
 
-    STATE/lock              held (flock) by the daemon that runs
+    STATE/lock              held (flock) by the daemon that runs, whose process it names
     STATE/machines/NAME/    one machine: see kvmd.machine_process.folder
     STATE/broken/           what was found in machines/ and is no machine's folder any more: nothing of it is used
 """
@@ -13,13 +13,17 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from fcntl import LOCK_EX, LOCK_NB, flock
+from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
 from pathlib import Path
 
 from kvmd.errors import HostError
 
 _FOLDER_MODE = 0o700
+_LOCK_SECONDS = 0.5
+"""How long a daemon that was killed may still hold the lock: through a child that it had forked, up to its exec."""
+
+_LOOK_SECONDS = 0.02
 
 
 class StateFolder:
@@ -49,15 +53,32 @@ class StateFolder:
         except OSError as error:
             raise HostError(f"cannot use the state folder {self.path}: {error.strerror}") from error
         try:
+            self._take(lock)
+            try:
+                yield
+            finally:
+                # To close it would not do where a process that is about to exec has a copy of the descriptor.
+                flock(lock, LOCK_UN)
+        finally:
+            os.close(lock)
+
+    def _take(self, lock: int) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
             try:
                 flock(lock, LOCK_EX | LOCK_NB)
             except OSError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(_LOOK_SECONDS)
+                    continue
                 raise HostError(
-                    f"another daemon uses the state folder {self.path}: stop it, or use another folder"
+                    f"another daemon{_holder(lock)} uses the state folder {self.path}: stop it, wait for its end, or "
+                    "use another folder"
                 ) from error
-            yield
-        finally:
-            os.close(lock)
+            break
+        with suppress(OSError):  # a full disk: then nobody is named
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, b"%d\n" % os.getpid(), 0)
 
     def make(self, name: str) -> int:
         """Make the folder of a new machine, and return its descriptor.
@@ -97,3 +118,12 @@ class StateFolder:
         """Remove what an interrupted ``remove`` left."""
         for path in self.path.glob(".removed-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _holder(lock: int) -> str:
+    """Return who holds the lock, in brackets, where that is written in it."""
+    with suppress(OSError):
+        found = os.pread(lock, 32, 0).strip()
+        if found.isdigit():
+            return f" (process {found.decode()})"
+    return ""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Generic, Self, TypeVar
 
+from kvmd.fleet.base import Event
+
 T = TypeVar("T")
 
 
@@ -29,3 +31,21 @@ class Stream(Generic[T]):
         if item is None:
             raise StopAsyncIteration
         return item
+
+
+class PlacedStream(Stream[Event]):
+    """Events, and where their reader is: ``kvmd.fleet.base.EventStream``.
+
+    Args:
+        following: returns the next event, waiting for it.
+        place: returns the id of the reader's place.
+    """
+
+    def __init__(self, following: Callable[[], Awaitable[Event | None]], place: Callable[[], str | None]) -> None:
+        super().__init__(following)
+        self._place = place
+
+    @property
+    def place(self) -> str | None:
+        """The id before the first event that is still to come; None where that is not known yet."""
+        return self._place()

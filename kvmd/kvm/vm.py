@@ -14,7 +14,7 @@ from kvmd.kvm.capability_table import capability_name
 from kvmd.kvm.fault_layout import FaultLayout
 from kvmd.kvm.fd import OwnedFd
 from kvmd.kvm.guest_memfd import GuestMemfd
-from kvmd.kvm.ioctl import ioctl, raw_ioctl
+from kvmd.kvm.ioctl import ioctl, quick_ioctl, raw_ioctl
 from kvmd.kvm.uapi import (
     KVM_CAP_USER_MEMORY2,
     KVM_CHECK_EXTENSION,
@@ -36,6 +36,7 @@ from kvmd.ranges import GpaRange
 # UserspaceMemoryRegion2 up to its padding. One pack_into costs a fifth of seven stores to ctypes fields.
 _REGION = struct.Struct("=IIQQQQI")
 _SLOT = struct.Struct("=I")
+_MEMFD = struct.Struct("=QQ")  # size, flags: CreateGuestMemfd
 _SWAP_STEPS = (
     "delete memslot {dying}",
     "make memslot {dying} a tripwire",
@@ -65,10 +66,8 @@ class Vm(Closing):
         self._region_address = ctypes.addressof(self._region)
         self._region_request = KVM_SET_USER_MEMORY_REGION2 if self._has_region2 else KVM_SET_USER_MEMORY_REGION
         # Four of them in a row; but for the slot's number, the two that delete one stay all zeros.
-        self._swap = (UserspaceMemoryRegion2 * len(_SWAP_STEPS))()
-        self._swap_addresses = tuple(ctypes.addressof(region) for region in self._swap)
-        self._memfd = CreateGuestMemfd()
-        self._memfd_address = ctypes.addressof(self._memfd)
+        self._swap = tuple(bytearray(ctypes.sizeof(UserspaceMemoryRegion2)) for _ in _SWAP_STEPS)
+        self._memfd = bytearray(ctypes.sizeof(CreateGuestMemfd))
 
     def check_extension(self, cap: int) -> int:
         """Return what this VM says of capability ``cap``: 0 where it lacks it (4.4 KVM_CHECK_EXTENSION).
@@ -161,29 +160,27 @@ class Vm(Closing):
         Raises:
             SwapFailed: KVM refused a step.
         """
-        region, slot, buffer = _REGION.pack_into, _SLOT.pack_into, self._swap
-        slot(buffer, 0, dying)
-        region(
-            *(buffer, _SWAP_STRIDE, dying, KVM_MEM_GUEST_MEMFD, tripwire_gpa, size_bytes, inaccessible),
-            *(0, memfd.fileno()),
+        first, second, third, fourth = self._swap
+        _SLOT.pack_into(first, 0, dying)
+        _REGION.pack_into(
+            second, 0, dying, KVM_MEM_GUEST_MEMFD, tripwire_gpa, size_bytes, inaccessible, 0, memfd.fileno()
         )
-        slot(buffer, 2 * _SWAP_STRIDE, rising)
-        region(buffer, 3 * _SWAP_STRIDE, rising, 0, live_gpa, size_bytes, userspace_addr, 0, 0)
-        first, second, third, fourth = self._swap_addresses
+        _SLOT.pack_into(third, 0, rising)
+        _REGION.pack_into(fourth, 0, rising, 0, live_gpa, size_bytes, userspace_addr, 0, 0)
         fd, request, made = self._fd.fileno(), self._region_request, 0
-        if not raw_ioctl(fd, request, first):
+        try:
+            quick_ioctl(fd, request, first)
             made = 1
-            if not raw_ioctl(fd, request, second):
-                memfd.close()
-                made = 2
-                if not raw_ioctl(fd, request, third):
-                    made = 3
-                    if not raw_ioctl(fd, request, fourth):
-                        return
-        errno = ctypes.get_errno()
-        memfd.close()
-        operation = _SWAP_STEPS[made].format(dying=dying, rising=rising)
-        raise SwapFailed(f"cannot {operation}: {os.strerror(errno)}", errno, made)
+            quick_ioctl(fd, request, second)
+            made = 2
+            memfd.close()
+            quick_ioctl(fd, request, third)
+            made = 3
+            quick_ioctl(fd, request, fourth)
+        except OSError as error:
+            memfd.close()
+            operation = _SWAP_STEPS[made].format(dying=dying, rising=rising)
+            raise SwapFailed(f"cannot {operation}: {error.strerror}", error.errno or 0, made) from error
 
     def create_guest_memfd(self, size_bytes: int, flags: int = 0) -> GuestMemfd:
         """Create a guest_memfd of this VM (4.142 KVM_CREATE_GUEST_MEMFD). Serialised by the caller.
@@ -196,12 +193,12 @@ class Vm(Closing):
             BackendError: KVM refused, such as EINVAL for flags or EMFILE.
             MissingCapability: the kernel has no guest_memfd.
         """
-        memfd = self._memfd
-        memfd.size = size_bytes
-        memfd.flags = flags
-        fd = raw_ioctl(self._fd.fileno(), KVM_CREATE_GUEST_MEMFD, self._memfd_address)
-        if fd < 0:
-            _fail(f"create a guest_memfd of {size_bytes:#x} bytes with flags {flags:#x}", "KVM_CAP_GUEST_MEMFD")
+        _MEMFD.pack_into(self._memfd, 0, size_bytes, flags)
+        try:
+            fd = quick_ioctl(self._fd.fileno(), KVM_CREATE_GUEST_MEMFD, self._memfd)
+        except OSError as error:
+            operation = f"create a guest_memfd of {size_bytes:#x} bytes with flags {flags:#x}"
+            _fail(operation, "KVM_CAP_GUEST_MEMFD", error)
         # Unlike every other descriptor of KVM this one is born inheritable; a tripwire is armed only once its
         # last descriptor is closed, so a program started meanwhile would keep it unarmed.
         os.set_inheritable(fd, False)  # noqa: FBT003  positional-only
@@ -238,15 +235,16 @@ class Vm(Closing):
         self._fd.close()
 
 
-def _fail(operation: str, capability: str | None = None) -> NoReturn:
-    """Raise for the errno of the ioctl just made.
+def _fail(operation: str, capability: str | None = None, cause: OSError | None = None) -> NoReturn:
+    """Raise for the ioctl that failed.
 
     Args:
         operation: what could not be done, after 'cannot'.
         capability: what the kernel lacks when it does not know the ioctl at all.
+        cause: the error; by default the errno of the ``raw_ioctl`` just made.
     """
-    errno = ctypes.get_errno()
-    cause = OSError(errno, os.strerror(errno))
+    errno = ctypes.get_errno() if cause is None else cause.errno or 0
+    cause = cause or OSError(errno, os.strerror(errno))
     if errno == errno_codes.ENOTTY and capability is not None:
         raise MissingCapability(
             capability, f"cannot {operation}: this kernel lacks {capability}, use Linux 6.8 or later"

@@ -206,7 +206,7 @@ class _Client:
                 return await host.counters()
             case AskMap():
                 ranges = [(range_.start, range_.end, state.value) for range_, state in machine.memory_map()]
-                return MemoryMap(ranges)
+                return MemoryMap(ranges, (machine.pinned.start, machine.pinned.end))
             case AskMemory():
                 if request.size_bytes > READ_LIMIT:
                     raise IndexError(f"{request.size_bytes} bytes are more than are read at once: {READ_LIMIT}")
@@ -222,11 +222,17 @@ class _Client:
         ring = self._host.machine.records
         reader = RecordReader(ring, min(max(0, request.since), ring.appended))
         _, records = reader.take(min(max(1, request.limit), RECORDS_LIMIT))
-        return Conversions(records)
+        return Conversions(records, ring.appended)
 
     async def _follow_output(self, request: FollowOutput) -> None:
         output = self._host.console if request.output == "console" else self._host.log_output
-        offset = max(0, request.offset)
+        offset = min(max(0, request.offset), output.end)
+        while not request.follow:
+            piece = output.kept(offset, OUTPUT_PIECE)
+            await self._framed.send(OutputPiece(*piece))
+            offset = piece.end
+            if not piece.data:
+                return
         while True:
             piece = await output.read(offset, OUTPUT_PIECE)
             await self._framed.send(OutputPiece(*piece))

@@ -200,6 +200,7 @@ class MachineHost:
             applying_us=applying,
             discarding_us=discarding,
             lost=snapshot.uncounted,
+            hottest=[(hot.gpa, hot.size_bytes, hot.count, hot.overcount) for hot in snapshot.hottest],
         )
 
     def _write_end(self, stop: Stop) -> None:

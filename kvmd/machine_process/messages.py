@@ -117,10 +117,17 @@ class Type(msgspec.Struct, frozen=True, tag="type"):
 
 
 class FollowOutput(msgspec.Struct, frozen=True, tag="follow-output"):
-    """Send an output from the byte at ``offset`` on, as it comes: ``OutputPiece`` after ``OutputPiece``."""
+    """Send an output from the byte at ``offset`` on: ``OutputPiece`` after ``OutputPiece``.
+
+    Attributes:
+        output: which one.
+        offset: the place to begin at.
+        follow: go on with what comes; else one piece without data comes after the last that there is now.
+    """
 
     output: Output
     offset: int
+    follow: bool = True
 
 
 class FollowEvents(msgspec.Struct, frozen=True, tag="follow-events"):
@@ -197,6 +204,8 @@ class CounterValues(msgspec.Struct, frozen=True, tag="counters"):
         shared_bytes, private_bytes: of all memory, now.
         waiting_us, applying_us, discarding_us: percentiles 50, 90 and 99 and the maximum, in microseconds.
         lost: records that the ring dropped before they were counted.
+        hottest: gpa, bytes, count and overcount of the ranges that were converted most: see
+            ``kvmd.conversion.hottest.HotRange``.
     """
 
     requests: list[tuple[str, str, str, int]]
@@ -206,12 +215,19 @@ class CounterValues(msgspec.Struct, frozen=True, tag="counters"):
     applying_us: tuple[float, float, float, float]
     discarding_us: tuple[float, float, float, float]
     lost: int
+    hottest: list[tuple[int, int, int, int]] = []
 
 
 class MemoryMap(msgspec.Struct, frozen=True, tag="map"):
-    """All memory as ranges: start and end in bytes, and ``private`` or ``shared``."""
+    """All memory as ranges: start and end in bytes, and ``private`` or ``shared``.
+
+    Attributes:
+        ranges: in order.
+        pinned: start and end of what never converts, or None.
+    """
 
     ranges: list[tuple[int, int, str]]
+    pinned: tuple[int, int] | None = None
 
 
 class Memory(msgspec.Struct, frozen=True, tag="memory"):
@@ -221,9 +237,15 @@ class Memory(msgspec.Struct, frozen=True, tag="memory"):
 
 
 class Conversions(msgspec.Struct, frozen=True, tag="conversions"):
-    """Recent conversions, oldest first; a first sequence above the one asked for shows what is gone."""
+    """Recent conversions, oldest first; a first sequence above the one asked for shows what is gone.
+
+    Attributes:
+        records: in order.
+        last: the sequence of the last one that there is, whether it is among them or not; 0 for none yet.
+    """
 
     records: list[ConversionRecord]
+    last: int = 0
 
 
 class Typed(msgspec.Struct, frozen=True, tag="typed"):

@@ -31,6 +31,11 @@ class KeptOutput:
         """Bytes that could not be written to the files."""
         return self._writer.unwritten
 
+    @property
+    def end(self) -> int:
+        """The place of the next byte to come."""
+        return self._history.end
+
     async def write(self, data: bytes) -> None:
         """Take ``data``. It waits for nobody and fails for nothing."""
         self._history.append(data)
@@ -50,6 +55,10 @@ class KeptOutput:
             await self._changed.wait()
         await trio.lowlevel.checkpoint()
         return piece
+
+    def kept(self, offset: int, limit: int) -> Piece:
+        """Return what there is from ``offset`` on now; no data where there is none."""
+        return self._history.read(offset, limit)
 
     def close(self) -> None:
         """Close the files."""

@@ -152,18 +152,17 @@ class PageStateMap:
         if range_.end > self._range.end:
             raise IndexError(f"{range_} is outside memory {self._range}")
         first = bisect_right(self._starts, range_.start) - 1
-        if explicit:
-            explicit_generation = generation
-        elif self._starts[first] == range_.start and self._end(first) == range_.end:
-            explicit_generation = self._explicit[first]
-        else:
-            past = bisect_left(self._starts, range_.end)
-            explicit_generation = max(self._explicit[first:past])
         if self._starts[first] == range_.start and self._end(first) == range_.end:
+            # A whole segment, as nearly always.
             self._states[first] = state
             self._generations[first] = generation
-            self._explicit[first] = explicit_generation
+            if explicit:
+                self._explicit[first] = generation
             return
+        explicit_generation = generation
+        if not explicit:
+            past = bisect_left(self._starts, range_.end)
+            explicit_generation = max(self._explicit[first:past])
         first = self._cut(range_.start)
         past = self._cut(range_.end)
         self._replace(first, past, range_.start, state, generation, explicit_generation)

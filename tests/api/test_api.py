@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -14,7 +15,9 @@ import trio
 import trio.testing
 
 from kvmd.api.server.limits import Limits
-from kvmd.ranges import PageState
+from kvmd.errors import MachineSilent
+from kvmd.fleet.base import Counters
+from kvmd.ranges import GpaRange, PageState
 from kvmd.units import MIB, PAGE_SIZE
 from tests.api.serving import Client, Serving, serving_api
 
@@ -58,9 +61,18 @@ async def test_a_machine_s_life(api: Serving) -> None:
 
 async def test_polled_answers_are_those_of_the_documented_way(one: Serving) -> None:
     # Behind the gate, kvmd.api.direct answers; with an empty query, FastAPI does (kvmd/api/direct.py).
-    for path in ("/v1/machines", "/v1/machines/one"):
-        assert (await one.get(path)).body == (await one.get(f"{path}?&")).body
-    assert (await one.get("/v1/machines/two")).problem == "unknown-machine"
+    guest = one.fleet.guest("one")
+    guest.pinned = GpaRange(0, PAGE_SIZE)
+    for _ in range(3):
+        guest.convert(PAGE_SIZE)
+    of_one = ("", "/counters", "/conversions", "/memory/map")
+    for path in ("/v1/host", "/v1/machines", "/v1/counters", *(f"/v1/machines/one{part}" for part in of_one)):
+        direct, documented = await one.get(path), await one.get(f"{path}?&")
+        assert (direct.status, direct.body) == (200, documented.body)
+        assert direct.headers["content-type"] == documented.headers["content-type"] == "application/json"
+    for part in of_one:
+        assert (await one.get(f"/v1/machines/two{part}")).problem == "unknown-machine"
+        assert (await one.get(f"/v1/machines/one{part}/")).problem == "not-found"
 
 
 @pytest.mark.parametrize("action", ["start", "resume"])
@@ -259,6 +271,78 @@ async def test_the_memory_map_is_ranges_and_can_be_paged(one: Serving) -> None:
     assert paged == ranges
 
 
+async def test_the_memory_map_says_what_never_converts(one: Serving) -> None:
+    guest = one.fleet.guest("one")
+    guest.pinned = GpaRange(PAGE_SIZE, 3 * PAGE_SIZE)
+    guest.convert(4 * PAGE_SIZE)
+    ranges = (await one.get("/v1/machines/one/memory/map")).json["ranges"]
+    assert [(entry["gpa"], entry["state"], entry["pinned"]) for entry in ranges] == [
+        ("0x0", "private", False),
+        ("0x1000", "private", True),
+        ("0x3000", "private", False),
+        ("0x4000", "shared", False),
+        ("0x5000", "private", False),
+    ]
+    assert sum(entry["size"] for entry in ranges) == MIB
+
+
+async def test_the_last_conversions(one: Serving) -> None:
+    guest = one.fleet.guest("one")
+    base = "/v1/machines/one/conversions"
+    assert (await one.get(f"{base}?last=2")).json == {"conversions": [], "next": 0, "more": False, "lost": 0}
+    for number in range(10):
+        guest.convert((number % 3) * PAGE_SIZE, to=PageState.SHARED if number % 2 else PageState.PRIVATE)
+
+    async def sequences(query: str) -> tuple[list[int], int]:
+        answer = (await one.get(f"{base}?{query}")).json
+        assert not answer["more"]
+        return [record["sequence"] for record in answer["conversions"]], answer["next"]
+
+    assert await sequences("last=3") == ([8, 9, 10], 10)
+    assert await sequences("last=99") == (list(range(1, 11)), 10)
+    assert await sequences("last=99&since=7") == ([8, 9, 10], 10)
+    assert await sequences("last=2&since=10") == ([], 10)
+    assert await sequences("last=2&since=99") == ([], 99)
+    assert await sequences("last=2&to=shared") == ([8, 10], 10)
+    assert await sequences("last=2&gpa=0x1001") == ([5, 8], 10)
+    assert await sequences("last=2&gpa=4097&size=4096") == ([8, 9], 10)
+    guest.records = guest.records[5:]
+    assert await sequences("last=99") == ([6, 7, 8, 9, 10], 10)
+    assert (await one.get(f"{base}?last=2&limit=3")).problem == "invalid-request"
+    assert (await one.get(f"{base}?size=3")).problem == "invalid-request"
+
+
+async def test_the_last_conversions_that_pass_a_filter_are_looked_for_within_bounds(one: Serving) -> None:
+    guest = one.fleet.guest("one")
+    guest.convert(0)
+    record = guest.records[0]
+    guest.records = [{**record, "sequence": number, "vcpu": int(number == 1)} for number in range(1, 20_001)]
+    guest.converted = 20_000
+    answer = (await one.get("/v1/machines/one/conversions?last=1&vcpu=1")).json
+    assert (answer["conversions"], answer["more"]) == ([], True)
+    guest.records = guest.records[:16_000]
+    guest.converted = 16_000
+    answer = (await one.get("/v1/machines/one/conversions?last=1&vcpu=1")).json
+    assert ([found["sequence"] for found in answer["conversions"]], answer["more"]) == ([1], False)
+
+
+async def test_the_counters_of_all_machines(one: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    await one.post("/v1/machines", {**HELLO, "name": "two"})
+    one.fleet.guest("one").convert(0x3000)
+    machines = (await one.get("/v1/counters")).json["machines"]
+    assert [(entry["name"], entry["state"]) for entry in machines] == [("one", "running"), ("two", "created")]
+    assert machines[0]["counters"] == (await one.get("/v1/machines/one/counters")).json
+    assert machines[0]["counters"]["hottest"] == [{"gpa": "0x3000", "size": 4096, "count": 1, "overcount": 0}]
+
+    async def silent(_name: str) -> Counters:
+        raise MachineSilent("machine one did not answer within 15 s: kill it, or try again")
+
+    monkeypatch.setattr(one.fleet, "counters", silent)
+    assert [entry["counters"] for entry in (await one.get("/v1/counters")).json["machines"]] == [None, None]
+    answer = await one.get("/v1/machines/one/counters")
+    assert (answer.status, answer.problem) == (504, "machine-silent")
+
+
 async def test_shared_memory_can_be_read(one: Serving) -> None:
     one.fleet.guest("one").convert(0x2000, size_bytes=2 * PAGE_SIZE)
     answer = await one.get("/v1/machines/one/memory?gpa=0x2ffe&size=4")
@@ -355,6 +439,52 @@ async def test_losses_are_told(one: Serving) -> None:
         assert first["event"] == "conversion"
 
 
+async def test_conversions_are_chosen_and_the_reader_s_place_moves_on_all_the_same(one: Serving) -> None:
+    guest = one.fleet.guest("one")
+    async with one.connect() as client:
+        await follow(client, "/v1/events?kind=conversion&to=shared&gpa=0x2000&size=8192&vcpu=0&cause=implicit")
+        for page in range(6):
+            guest.convert(page * PAGE_SIZE)
+            guest.convert(page * PAGE_SIZE, to=PageState.PRIVATE)
+        one.fleet.count("one")
+        found = await next_events(client, 2)
+        assert [(event["data"]["gpa"], event["data"]["to"]) for event in found] == [
+            ("0x2000", "shared"),
+            ("0x3000", "shared"),
+        ]
+    # The first of those left out moved the place; a reader that saw only that one comes back behind it.
+    async with one.connect() as client:
+        await client.begin("GET", "/v1/machines/one/events?kind=lifecycle")
+        greeting = await client.data_after_head()
+        place = int(greeting.split(b"\n")[0].removeprefix(b"id: "))
+        guest.convert(0)
+        assert await client.until(b"\n\n") == b"id: %d\n\n" % (place + 1)
+
+
+async def test_a_reader_that_saw_no_event_comes_back_to_where_it_was(one: Serving) -> None:
+    for target in ("/v1/events", "/v1/machines/one/events"):
+        async with one.connect() as client:
+            await client.begin("GET", target)
+            greeting = await client.data_after_head()
+        one.fleet.guest("one").convert(0)
+        place = greeting.split(b"\n")[0].removeprefix(b"id: ").decode()
+        async with one.connect() as client:
+            await follow(client, target, place)
+            (event,) = await next_events(client, 1)
+            assert event["event"] == "conversion"
+
+
+async def test_counters_in_the_stream_are_those_of_the_resource(one: Serving) -> None:
+    one.fleet.guest("one").convert(0x5000)
+    async with one.connect() as client:
+        await follow(client, "/v1/events?kind=counters")
+        one.fleet.count("one")
+        (event,) = await next_events(client, 1)
+    assert event["data"].pop("machine") == "one"
+    assert event["data"] == (await one.get("/v1/machines/one/counters")).json
+    assert event["data"]["hottest"][0]["gpa"] == "0x5000"
+
+
 async def test_kinds_are_chosen_and_one_machine_s_stream_ends_with_it(one: Serving) -> None:
     guest = one.fleet.guest("one")
     async with one.connect() as client:
@@ -368,9 +498,12 @@ async def test_kinds_are_chosen_and_one_machine_s_stream_ends_with_it(one: Servi
 
 
 async def test_an_id_that_was_never_any_is_refused(one: Serving) -> None:
-    for last_id in ("garbage", "1 2", "9" * 200):
-        answer = await one.request("GET", "/v1/events", headers={"last-event-id": last_id})
-        assert (answer.status, answer.problem) == (422, "invalid-request")
+    for target in ("events", "machines/one/events", "machines/one/console/output", "machines/one/log"):
+        for last_id in ("garbage", "1 2", "-1"):
+            answer = await one.request("GET", f"/v1/{target}", headers={"last-event-id": last_id})
+            assert (answer.status, answer.problem) == (422, "unknown-event"), target
+    answer = await one.request("GET", "/v1/events", headers={"last-event-id": "999999"})
+    assert (answer.status, answer.problem) == (422, "unknown-event")
 
 
 async def test_a_silent_stream_is_kept_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +555,83 @@ async def test_console_output_and_log_are_streams(one: Serving) -> None:
         guest.end()
         assert await output.data() == b""
         assert await log.data() == b""
+
+
+async def test_output_from_a_place_and_what_there_is_now(one: Serving) -> None:
+    guest = one.fleet.guest("one")
+    guest.print(b"0123456789")
+    base = "/v1/machines/one/console/output"
+    for query, body in (("", b"0123456789"), ("&from=4", b"456789"), ("&from=10", b""), ("&from=99", b"")):
+        answer = await one.get(f"{base}?follow=false{query}")
+        assert (answer.status, answer.body) == (200, body)
+    for query in ("from=-1", "from=x", "follow=yes", "follow=", f"from={1 << 63}"):
+        assert (await one.get(f"{base}?{query}")).problem == "invalid-request"
+    guest.write_log("ready")
+    assert json.loads((await one.get("/v1/machines/one/log?follow=false")).body)["event"] == "ready"
+
+
+async def test_output_as_events_can_be_taken_up_again_and_says_how_it_ended(one: Serving) -> None:
+    guest = one.fleet.guest("one")
+    target = "/v1/machines/one/console/output"
+    accept = {"accept": "text/event-stream"}
+    guest.print(b"early \x00\xff")
+    async with one.connect() as client:
+        await client.begin("GET", target, headers=accept)
+        await client.head()
+        await client.until(b"retry:")
+        (first,) = await next_events(client, 1)
+    assert (first["event"], first["id"]) == ("output", "8")
+    assert base64.b64decode(first["data"].pop("data")) == b"early \x00\xff"
+    assert first["data"] == {"machine": "one", "from": 0, "dropped": 0}
+    guest.print(b"late")
+    async with one.connect() as client:
+        await client.begin("GET", target, headers={**accept, "last-event-id": first["id"]})
+        await client.head()
+        await client.until(b"retry:")
+        (second,) = await next_events(client, 1)
+        assert (base64.b64decode(second["data"]["data"]), second["data"]["from"]) == (b"late", 8)
+        guest.end(status=3)
+        (end,) = await next_events(client, 1)
+        assert (end["event"], end["id"]) == ("end", "12")
+        assert (end["data"]["ended"], end["data"]["status"]) == (True, 3)
+        assert await client.data() == b""
+    guest.console.start, guest.console.kept = 10, guest.console.kept[10:]
+    answer = await one.request("GET", f"{target}?from=4", headers=accept)
+    assert b'"from":10,"dropped":6' in answer.body
+
+
+async def test_output_that_ends_with_the_daemon_or_with_what_there_is_does_not_say_that_the_machine_did(
+    one: Serving,
+) -> None:
+    accept = {"accept": "text/html, text/event-stream;q=0.5"}
+    answer = await one.request("GET", "/v1/machines/one/console/output?follow=false", headers=accept)
+    assert answer.body.endswith(b'event: end\ndata: {"machine":"one","ended":false}\n\n')
+    async with one.connect() as client:
+        await client.begin("GET", "/v1/machines/one/log", headers=accept)
+        await client.head()
+        await client.until(b"retry:")
+        one.server.stop()
+        assert await client.data() == b""
+
+
+async def test_output_of_a_machine_that_is_deleted_meanwhile_has_ended(one: Serving) -> None:
+    async with one.connect() as client:
+        await client.begin("GET", "/v1/machines/one/console/output", headers={"accept": "text/event-stream"})
+        await client.head()
+        await client.until(b"retry:")
+        guest = one.fleet.guest("one")
+        guest.end()
+        one.fleet._guests.clear()
+        (end,) = await next_events(client, 1)
+        assert (end["event"], end["data"]) == ("end", {"machine": "one", "ended": True})
+
+
+async def test_silent_output_is_kept_alive(one: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmd.api.streams.KEEP_ALIVE_SECONDS", 0.01)
+    async with one.connect() as client:
+        await client.begin("GET", "/v1/machines/one/console/output", headers={"accept": "text/event-stream"})
+        await client.head()
+        await client.until(b": still here\n\n: still here\n\n")
 
 
 async def test_console_input_is_taken(one: Serving) -> None:

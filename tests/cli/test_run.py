@@ -80,7 +80,7 @@ def test_the_last_line_of_the_log_says_why_and_how_much(runner: Runner) -> None:
         await trio.lowlevel.checkpoint()
 
     assert runner.run(script=script) == 0
-    assert runner.names == ["conversion", "conversion", "machine-stopped"]
+    assert runner.names == ["conversion", "conversion", "conversions", "machine-stopped"]
     last = runner.events[-1]
     assert (last["machine"], last["reason"], last["status"], last["level"]) == ("hello", "guest-exit", 0, "info")
     assert (last["converted"], last["spurious"], last["failed"]) == (2, 0, 0)

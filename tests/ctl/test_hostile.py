@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -190,8 +191,15 @@ def test_who_may_not_do_it_is_told(kvmctl: Kvmctl, path: Path) -> None:
 
 def test_a_slow_reader_costs_no_memory(path: Path) -> None:
     output = (b"x" * 1023 + b"\n") * (32 << 10)
-    state = http(b'{"name": "one", "state": "stopped"}')
-    with stranger(path, http(output), state), with_pipes(path, "logs", "--console", "-f", "one") as logs:
+    events = [
+        b'event: output\ndata: {"data":"%b"}\n\n' % base64.b64encode(output[at : at + 65536])
+        for at in range(0, len(output), 65536)
+    ]
+    stream = b"".join([*events, b'event: end\ndata: {"ended":true}\n\n'])
+    with (
+        stranger(path, http(stream, kind="text/event-stream")),
+        with_pipes(path, "logs", "--console", "-f", "one") as logs,
+    ):
         # A few lines, and then nothing is read for as long as it takes to fill all pipes: the rest waits in the server.
         logs.until(b"x\n")
         before = peak_kib(logs.process.pid)
@@ -201,6 +209,15 @@ def test_a_slow_reader_costs_no_memory(path: Path) -> None:
         assert peak_kib(logs.process.pid) < before + (8 << 10)
         logs.rest()
         assert logs.wait() == 0
+
+
+@pytest.mark.parametrize("data", ['"x"', '"eHg=\\n"', "7", "null", '"\\ud800"'])
+def test_output_that_is_none(kvmctl: Kvmctl, path: Path, data: str) -> None:
+    event = f'event: output\ndata: {{"data":{data}}}\n\n'.encode()
+    with stranger(path, http(event, kind="text/event-stream")):
+        outcome = kvmctl("logs", "--console", "-f", "one")
+    assert (outcome.status, outcome.out) == (125, "")
+    assert outcome.err.count("\n") == 1
 
 
 def peak_kib(pid: int) -> int:

@@ -156,7 +156,7 @@ def test_a_daemon_that_has_forgotten_an_event(kvmctl: Kvmctl, daemon: Daemon) ->
     daemon.stop()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 10000\r\n\r\n"
     first = head + b'id: 7\nevent: lifecycle\ndata: {"machine":"one","change":"started"}\n\nid: 8\nevent: life'
-    problem = b'{"type":"urn:kvmd:problem:invalid-request","detail":"header.Last-Event-ID: it is not"}'
+    problem = b'{"type":"urn:kvmd:problem:unknown-event","detail":"header.Last-Event-ID: it is not"}'
     refused = http(problem, status="422 No", kind="application/problem+json")
     second = head + b'id: 1\nevent: lifecycle\ndata: {"machine":"one","change":"ended"}\n\n'
     over = http(

@@ -9,7 +9,7 @@ import termios
 import pytest
 
 from kvmd.ctl.figures import Counted, HotPages, Rates
-from kvmd.ranges import PageState
+from kvmd.ranges import GpaRange, PageState
 from tests.ctl.conftest import Kvmctl
 from tests.ctl.running import on_terminal, with_pipes
 from tests.ctl.serving import Daemon
@@ -120,6 +120,10 @@ def test_the_map(kvmctl: Kvmctl, daemon: Daemon, guest: str) -> None:
     zoomed = kvmctl("map", guest, "--gpa", "0x1f0000+128K", "--rows", "1", "--columns", "32").out.splitlines()
     assert zoomed[1].partition(" ")[2] in {"█" * 16 + "░" * 16, "#" * 16 + "." * 16}
     assert "\x1b[32m" in kvmctl("map", guest, "--color", "always").out
+    daemon.guest(guest, lambda found: setattr(found, "pinned", GpaRange(0, 1 << 20)))
+    lines = kvmctl("map", guest, "--rows", "2", "--columns", "32").out.splitlines()
+    assert lines[0] == "one: 15.9 MiB private, 64 KiB shared, 1 MiB pinned, in 4 ranges"
+    assert lines[1].partition(" ")[2][:5] in {"▓▓▓▓█", "@@@@#"}
 
 
 def test_the_map_for_programs(kvmctl: Kvmctl, daemon: Daemon, guest: str) -> None:
@@ -127,9 +131,9 @@ def test_the_map_for_programs(kvmctl: Kvmctl, daemon: Daemon, guest: str) -> Non
     assert kvmctl("map", guest, "-o", "json").json == {
         "machine": "one",
         "ranges": [
-            {"gpa": "0x0", "size": 0x200000, "state": "private"},
-            {"gpa": "0x200000", "size": 0x10000, "state": "shared"},
-            {"gpa": "0x210000", "size": (16 << 20) - 0x210000, "state": "private"},
+            {"gpa": "0x0", "size": 0x200000, "state": "private", "pinned": False},
+            {"gpa": "0x200000", "size": 0x10000, "state": "shared", "pinned": False},
+            {"gpa": "0x210000", "size": (16 << 20) - 0x210000, "state": "private", "pinned": False},
         ],
     }
     part = kvmctl("map", guest, "-o", "json", "--gpa", "0x20ffff").json["ranges"]

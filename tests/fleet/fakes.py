@@ -15,9 +15,20 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
+from kvmd.conversion.hottest import HottestRanges
 from kvmd.errors import ImageError, MachineExists, MachineStateError, UnknownMachine
-from kvmd.fleet.base import Counters, Event, MachineEnd, MachineInfo, MachineState
-from kvmd.fleet.streams import Stream
+from kvmd.fleet.base import (
+    Counters,
+    Event,
+    EventStream,
+    MachineEnd,
+    MachineInfo,
+    MachineState,
+    MemoryMap,
+    OutputPart,
+    counters_document,
+)
+from kvmd.fleet.streams import PlacedStream, Stream
 from kvmd.memory.accessor import PrivateMemory
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
@@ -61,13 +72,17 @@ class Output:
                 return start + len(data), data
             await self._changed.wait()
 
-    def follow(self) -> AsyncIterator[bytes]:
-        offset = self.start
+    def follow(self, start: int, *, follow: bool) -> AsyncIterator[OutputPart]:
+        offset = min(start, self.start + len(self.kept))
 
-        async def following() -> bytes | None:
+        async def following() -> OutputPart | None:
             nonlocal offset
+            if not follow and offset >= self.start + len(self.kept):
+                return None
+            asked = offset
             offset, data = await self.read(offset)
-            return data or None
+            first = offset - len(data)
+            return OutputPart(first, first - asked, data) if data else None
 
         return Stream(following)
 
@@ -90,6 +105,7 @@ class FakeGuest:
     shared: list[GpaRange] = field(default_factory=list)
     converted: int = 0
     page: int = 1 << 20
+    pinned: GpaRange | None = None
     stubborn: bool = False
     """A guest that does not stop when asked."""
 
@@ -314,10 +330,18 @@ class FakeFleet:
 
     async def counters(self, name: str) -> Counters:
         await trio.lowlevel.checkpoint()
-        guest = self.guest(name)
+        return self._counters(self.guest(name))
+
+    def count(self, name: str) -> None:
+        """Tell a machine's counters to those who follow, as is done once a second."""
+        self.tell("counters", name, counters_document(self._counters(self.guest(name))))
+
+    def _counters(self, guest: FakeGuest) -> Counters:
         shared = sum(range_.size_bytes for range_ in guest.shared)
         requests: dict[tuple[str, str, str], int] = {}
+        hottest = HottestRanges()
         for record in guest.records:
+            hottest.add(int(str(record["gpa"]), 16), int(str(record["size"])))
             key = str(record["cause"]), str(record["to"]), str(record["outcome"])
             requests[key] = requests.get(key, 0) + 1
         return Counters(
@@ -328,9 +352,10 @@ class FakeFleet:
             applying_us=(2.0, 2.0, 2.0, 2.0),
             discarding_us=(3.0, 3.0, 3.0, 3.0),
             lost=0,
+            hottest=hottest.top(10),
         )
 
-    async def memory_map(self, name: str) -> Sequence[tuple[GpaRange, PageState]]:
+    async def memory_map(self, name: str) -> MemoryMap:
         await trio.lowlevel.checkpoint()
         guest = self.guest(name)
         guest.need("show the memory of it", "created", "running", "paused")
@@ -346,7 +371,7 @@ class FakeFleet:
             at = range_.end
         if at < guest.info.spec.memory:
             found.append((GpaRange(at, guest.info.spec.memory), PageState.PRIVATE))
-        return found
+        return MemoryMap(found, guest.pinned)
 
     async def read_memory(self, name: str, gpa: int, size_bytes: int) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -365,15 +390,21 @@ class FakeFleet:
         found = [record for record in self.guest(name).records if int(str(record["sequence"])) > since]
         return found[:limit]
 
+    async def last_conversion(self, name: str) -> int:
+        await trio.lowlevel.checkpoint()
+        return self.guest(name).converted
+
     @asynccontextmanager
-    async def events(self, name: str | None, *, last_id: str | None) -> AsyncIterator[AsyncIterator[Event]]:
+    async def events(self, name: str | None, *, last_id: str | None) -> AsyncIterator[EventStream]:
         await trio.lowlevel.checkpoint()
         if name is not None:
             self.guest(name)
         position = self._told if last_id is None else _number(last_id)
+        if position > self._told:
+            raise ValueError(f"{last_id!r} was never an id of this stream")
         yield self._follow(name, position)
 
-    def _follow(self, name: str | None, position: int) -> AsyncIterator[Event]:
+    def _follow(self, name: str | None, position: int) -> EventStream:
         guest = None if name is None else self._guests.get(name)
 
         async def following() -> Event | None:
@@ -393,7 +424,7 @@ class FakeFleet:
                     return None
                 await self._changed.wait()
 
-        return Stream(following)
+        return PlacedStream(following, lambda: str(position))
 
     @asynccontextmanager
     async def console(self, name: str) -> AsyncIterator[FakeConsole]:
@@ -401,14 +432,18 @@ class FakeFleet:
         yield FakeConsole(self.guest(name))
 
     @asynccontextmanager
-    async def console_output(self, name: str) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def console_output(
+        self, name: str, *, start: int = 0, follow: bool = True
+    ) -> AsyncIterator[AsyncIterator[OutputPart]]:
         await trio.lowlevel.checkpoint()
-        yield self.guest(name).console.follow()
+        yield self.guest(name).console.follow(start, follow=follow)
 
     @asynccontextmanager
-    async def log_output(self, name: str) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def log_output(
+        self, name: str, *, start: int = 0, follow: bool = True
+    ) -> AsyncIterator[AsyncIterator[OutputPart]]:
         await trio.lowlevel.checkpoint()
-        yield self.guest(name).log.follow()
+        yield self.guest(name).log.follow(start, follow=follow)
 
 
 class FakeConsole:

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ def socket_of(site: Site) -> Path:
     return site.folder.parent / "api"
 
 
-def command(site: Site, *options: str) -> list[str]:
+def command(site: Site, *options: str, settings: str = "") -> list[str]:
     config = site.folder.parent / "kvmd.toml"
-    config.write_text(f'[api]\nsocket = "{socket_of(site)}"\n', encoding="utf-8")
+    config.write_text(settings or f'[api]\nsocket = "{socket_of(site)}"\n', encoding="utf-8")
     return [
         *(sys.executable, "-m", "kvmd", "daemon", "--config", str(config), "--state", str(site.folder)),
         *("--log-format", "json", *options),
@@ -41,10 +41,30 @@ def command(site: Site, *options: str) -> list[str]:
 
 
 @contextmanager
-def daemon(site: Site, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def daemon_of(
+    site: Site, settings: str, *options: str, around: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the daemon with these settings, and yield when it serves; at the end it ends in order.
+
+    Args:
+        site: where its machines are.
+        settings: its configuration.
+        options: of its command line.
+        around: a command that runs it.
+    """
+    with daemon(site, *options, settings=settings, around=around) as process:
+        yield process
+        assert process.poll() is None
+        end(process)
+
+
+@contextmanager
+def daemon(
+    site: Site, *options: str, settings: str = "", around: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start the daemon, and yield when it serves."""
     with subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        command(site, *options), stderr=subprocess.PIPE, bufsize=0
+        [*around, *command(site, *options, settings=settings)], stderr=subprocess.PIPE, bufsize=0
     ) as process:
         try:
             assert process.stderr is not None
@@ -87,7 +107,7 @@ async def test_the_daemon_leaves_its_machines_to_the_next_one(fake_site: Site) -
             command(fake_site), stderr=subprocess.PIPE, timeout=SECONDS, check=False
         )
         assert done.returncode == ExitStatus.HOST
-        assert b"another daemon uses the state folder" in done.stderr
+        assert b"another daemon (process %d) uses the state folder" % process.pid in done.stderr
         assert end(process)[-2:] == ["daemon-stopping", "daemon-stopped"]
     async with last_opened(fake_site) as fleet:
         assert fleet.machine("guest").state == "running"
@@ -181,3 +201,43 @@ def test_systemd_is_told_when_the_daemon_serves_lives_and_stops(fake_site: Site)
                 said.add(notified.recv(1000))
             assert process.wait(SECONDS) == 0
         assert given.exists(), "whose socket it is removes it"
+
+
+@pytest.mark.kvm
+def test_two_daemons_on_one_socket(kvm_site: Site) -> None:
+    with daemon(kvm_site) as process:
+        other = Site("kvm", kvm_site.folder.with_name("other"))
+        done = subprocess.run(  # noqa: S603 - our own interpreter and module
+            command(other), stderr=subprocess.PIPE, timeout=SECONDS, check=False
+        )
+        assert done.returncode == ExitStatus.CONFIG
+        assert b"another kvmd listens on" in done.stderr
+        assert b"Traceback" not in done.stderr
+        assert ask(socket_of(kvm_site), "GET", "/v1/machines") == (200, {"machines": []})
+        end(process)
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_is_a_problem_and_leaves_nothing_half_made(kvm_site: Site) -> None:
+    path = socket_of(kvm_site)
+    kvm_site.folder.mkdir()
+    mount = f'mount -t tmpfs -o size=256k none {kvm_site.folder} && exec "$@"'
+    with daemon(kvm_site, "--stop-machines", around=("unshare", "-m", "sh", "-c", mount, "sh")) as process:
+        made: list[str] = []
+        while True:
+            status, answer = ask(path, "POST", "/v1/machines", {"image": "builtin:echo", "memory": "2M"})
+            if status != 201:
+                break
+            made.append(answer["name"])
+            assert len(made) < 100
+        assert (status, answer["type"]) == (503, "urn:kvmd:problem:host-lacks")
+        assert "No space left on device" in answer["detail"]
+        # Those that were made are whole, and the one that was not has left nothing: there is room again after one goes.
+        _, answer = ask(path, "GET", "/v1/machines")
+        assert sorted(machine["name"] for machine in answer["machines"]) == sorted(made)
+        assert ask(path, "POST", f"/v1/machines/{made[0]}/start")[0] == 200
+        for name in made[1:3]:
+            assert ask(path, "DELETE", f"/v1/machines/{name}")[0] == 204
+        assert ask(path, "POST", "/v1/machines", {"image": "builtin:echo", "memory": "2M", "name": made[1]})[0] == 201
+        end(process)

@@ -17,6 +17,7 @@ from kvmd.fleet.base import Console, Event, Fleet, MachineState
 from kvmd.guests import GUESTS
 from kvmd.memory.accessor import PrivateMemory
 from kvmd.ranges import PageState
+from kvmd.units import PAGE_SIZE
 from tests.fleet.conftest import Site, spec
 
 SECONDS = 60
@@ -264,7 +265,7 @@ async def test_the_memory_of_a_machine(site: Site) -> None:
     async with fleet_of(site) as fleet:
         await running(fleet)
         await type_and_wait(fleet, "guest", b"s")
-        ranges = await fleet.memory_map("guest")
+        ranges = (await fleet.memory_map("guest")).ranges
         assert ranges[0][0].start == 0
         assert ranges[-1][0].end == 4 << 20
         assert all(one.end == other.start for (one, _), (other, _) in pairwise(ranges))
@@ -374,16 +375,80 @@ async def test_a_console_takes_input_before_the_start(site: Site) -> None:
             assert await until(console, b"ab") == b"echo: type\nab"
 
 
+@pytest.mark.parametrize("ended", [False, True])
+async def test_output_is_read_from_any_place_and_to_what_there_is(site: Site, ended: bool) -> None:  # noqa: FBT001 - a case
+    whole = b"echo: type\nab."
+    async with fleet_of(site) as fleet:
+        await running(fleet)
+        await type_and_wait(fleet, "guest", b"ab")
+        if ended:
+            await fleet.stop("guest")
+        for start in (0, 5, len(whole) - 1, len(whole), 10**15):
+            async with fleet.console_output("guest", start=start, follow=False) as output:
+                parts = [part async for part in output]
+            assert b"".join(part.data for part in parts) == whole[start:]
+            assert [part.start for part in parts[:1]] == ([start] if start < len(whole) else [])
+            assert not any(part.dropped for part in parts)
+        async with fleet.log_output("guest", follow=False) as log:
+            assert all(part.data for part in [part async for part in log])
+
+
+async def test_the_last_conversion_and_what_is_hottest(site: Site) -> None:
+    async with fleet_of(site) as fleet:
+        await running(fleet)
+        assert await fleet.last_conversion("guest") == 0
+        await type_and_wait(fleet, "guest", b"spsps")
+        for _ in range(2):
+            assert await fleet.last_conversion("guest") == 5
+            hottest = (await fleet.counters("guest")).hottest
+            assert [hot.count for hot in hottest] == [2, 2, 1]
+            assert all(hot.size_bytes == PAGE_SIZE and not hot.overcount for hot in hottest)
+            if fleet.machine("guest").state == "running":
+                await fleet.stop("guest")
+
+
+async def test_a_reader_that_has_seen_nothing_has_a_place_to_come_back_to(site: Site) -> None:
+    async with fleet_of(site) as fleet:
+        await running(fleet)
+        for name in ("guest", None):
+            async with fleet.events(name, last_id=None) as events:
+                place = events.place
+            assert place is not None
+            await type_and_wait(fleet, "guest", b"s")
+            async with fleet.events(name, last_id=place) as events:
+                async for event in events:
+                    if event.kind != "counters":
+                        break
+                assert event.kind == "conversion"
+                assert events.place == event.id
+        assert event.data["sequence"] == 2
+
+
+async def test_an_id_from_the_future_is_refused(site: Site) -> None:
+    # Such as that of another machine which had the name before.
+    async with fleet_of(site) as fleet:
+        await running(fleet)
+        async with fleet.events("guest", last_id=None) as events:
+            assert events.place is not None
+            ahead = "-".join(str(int(part) + 1000) for part in events.place.split("-"))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="never"):
+                async with fleet.events("guest", last_id=ahead):
+                    pass
+            if fleet.machine("guest").state == "running":
+                await fleet.stop("guest")
+
+
 async def test_output_is_followed_from_the_beginning_to_the_end(site: Site) -> None:
     async with fleet_of(site) as fleet:
         await running(fleet)
         await type_and_wait(fleet, "guest", b"ab")
         async with fleet.console_output("guest") as output, fleet.log_output("guest") as log:
             await fleet.stop("guest")
-            assert b"".join([data async for data in output]) == b"echo: type\nab."
-            assert b"guest" in b"".join([data async for data in log])
+            assert b"".join([part.data async for part in output]) == b"echo: type\nab."
+            assert b"guest" in b"".join([part.data async for part in log])
         async with fleet.console_output("guest") as output:
-            assert b"".join([data async for data in output]) == b"echo: type\nab."
+            assert b"".join([part.data async for part in output]) == b"echo: type\nab."
         with pytest.raises(MachineStateError, match="this one is stopped"):
             async with fleet.console("guest") as console:
                 await console.send(b"a")

@@ -11,7 +11,7 @@ import trio
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from kvmd.api.direct import all_machines, one_machine
+from kvmd.api.documents import machine_document, machines_document, waited_document
 from kvmd.api.images import check_passed, opened_image
 from kvmd.api.models import Machine, MachineRequest, Machines, Waited
 from kvmd.api.openapi import problems
@@ -39,7 +39,7 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
     @routes.get("", response_model=Machines, responses=problems(), operation_id="list_machines")
     async def list_machines() -> Response:
         """All machines, by name."""
-        return Response(all_machines(fleet), media_type="application/json")
+        return json_response(machines_document(fleet.machines()))
 
     @routes.post(
         "",
@@ -63,7 +63,7 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
         """
         info = await _create(request, wanted)
         headers = {"location": f"{API_PREFIX}/machines/{info.name}"}
-        return json_response(Machine.of(info), 201, headers)
+        return json_response(machine_document(info), 201, headers)
 
     async def _create(request: Request, wanted: MachineRequest) -> MachineInfo:
         document = wanted.document()
@@ -80,7 +80,7 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
     @routes.get("/{name}", response_model=Machine, responses=_UNKNOWN, operation_id="get_machine")
     async def get_machine(name: str) -> Response:
         """One machine."""
-        return Response(one_machine(fleet, name), media_type="application/json")
+        return json_response(machine_document(fleet.machine(name)))
 
     @routes.delete("/{name}", status_code=204, responses=_ACTING, operation_id="delete_machine")
     async def delete_machine(name: str) -> Response:
@@ -92,7 +92,7 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
     async def wait_for_machine(request: Request, name: str, state: States, timeout: Seconds = 30) -> Response:  # noqa: ASYNC109 - a field of the request
         """Wait until the machine is in one of the states, or the time is over."""
         info, reached = await _wait(request, name, frozenset(state), timeout)
-        return json_response(Waited.model_construct(reached=reached, machine=Machine.of(info)))
+        return json_response(waited_document(info, reached=reached))
 
     async def _wait(
         request: Request, name: str, states: frozenset[MachineState], seconds: float
@@ -107,7 +107,7 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
 
     def action(name: str, act: Callable[[str], Awaitable[MachineInfo]], summary: str, description: str) -> None:
         async def endpoint(name: str) -> Response:
-            return json_response(Machine.of(await act(name)))
+            return json_response(machine_document(await act(name)))
 
         routes.post(
             f"/{{name}}/{name}",
@@ -138,7 +138,6 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
             return None
 
         info = await unless_over(request, stop)
-        reached = info is not None
-        return json_response(Waited.model_construct(reached=reached, machine=Machine.of(info or fleet.machine(name))))
+        return json_response(waited_document(info or fleet.machine(name), reached=info is not None))
 
     return routes

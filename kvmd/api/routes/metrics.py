@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import trio
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from kvmd.api.all_counters import counters_of_all
 from kvmd.api.openapi import problems
 from kvmd.api.routes.query import StrictRoute
 from kvmd.api.services import ServerFigures, Services
-from kvmd.errors import KvmdError
-from kvmd.fleet.base import Counters, Fleet, MachineInfo
-
-ASK_SECONDS = 1.0
-"""A machine that does not say its counters within this is left out of them, and counted as silent."""
+from kvmd.fleet.base import Counters, MachineInfo
 
 _STATES = ("created", "running", "paused", "stopped")
 _QUANTILES = ("0.5", "0.9", "0.99", "1")
@@ -37,29 +33,12 @@ def router(services: Services) -> APIRouter:
     async def get_metrics() -> Response:
         """Figures of all machines, and of the API itself, for Prometheus."""
         machines = services.fleet.machines()
-        counters = await _ask_all(services.fleet, machines)
+        counters = await counters_of_all(services.fleet, machines)
         return Response(
             render(machines, counters, services.figures()), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
     return routes
-
-
-async def _ask_all(fleet: Fleet, machines: Iterable[MachineInfo]) -> dict[str, Counters]:
-    """Return the counters of every machine that says them in time; all are asked at once."""
-    answers: dict[str, Counters] = {}
-
-    async def ask(name: str) -> None:
-        try:
-            answers[name] = await fleet.counters(name)
-        except KvmdError:
-            return  # it went away meanwhile: the figures are of those that are there
-
-    with trio.move_on_after(ASK_SECONDS):
-        async with trio.open_nursery() as nursery:
-            for info in machines:
-                nursery.start_soon(ask, info.name)
-    return answers
 
 
 def render(machines: Iterable[MachineInfo], counters: dict[str, Counters], figures: ServerFigures) -> bytes:

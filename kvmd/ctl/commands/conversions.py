@@ -5,47 +5,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from kvmd.ctl.acting import explained
-from kvmd.ctl.answers import an_object, number, objects
-from kvmd.ctl.client import Client, machine_target
+from kvmd.ctl.answers import number, objects
+from kvmd.ctl.client import Client, Query, machine_target
 from kvmd.ctl.errors import Refused
 from kvmd.ctl.events_text import conversion_line, loss_line
-from kvmd.ctl.figures import counted
 from kvmd.ctl.following import Followed, Patience, follow
 from kvmd.ctl.ranges_option import gpa_range
 from kvmd.ctl.session import Session, ctl_command, machine_argument
 
 _PAGE = 1024
 _DEFAULT_LAST = 100
-
-
-class Filters(NamedTuple):
-    """Which conversions are shown.
-
-    Attributes:
-        exact: members and the value that each must have.
-        start, end: guest-physical addresses that a conversion must reach into.
-    """
-
-    exact: dict[str, object]
-    start: int | None = None
-    end: int | None = None
-
-    def let_through(self, record: dict[str, Any]) -> bool:
-        """Tell whether a conversion is shown."""
-        if any(record.get(key) != value for key, value in self.exact.items()):
-            return False
-        if self.start is None or self.end is None:
-            return True
-        try:
-            gpa, size = int(str(record["gpa"]), 16), int(record["size"])
-        except (KeyError, TypeError, ValueError):
-            return False
-        return gpa < self.end and self.start < gpa + size
+_LAST_LIMIT = 4096
+_SIZE_LIMIT = (1 << 63) - 1
+"""The API's own limits."""
 
 
 @ctl_command("conversions")
@@ -76,8 +53,9 @@ def conversions_command(
 ) -> None:
     """Show a machine's conversions: the recent ones that kvmd keeps, oldest first, and with -f all that happen."""
     client = session.client(watch_output=True)
-    start, end = gpa or (None, None)
-    filters = Filters({key: value for key, value in exact.items() if value is not None}, start, end)
+    filters: Query = [(key, value) for key, value in exact.items() if value is not None]
+    if gpa is not None:
+        filters = [*filters, ("gpa", hex(gpa[0])), ("size", min(gpa[1] - gpa[0], _SIZE_LIMIT))]
     if last is None and since is None:
         last = _DEFAULT_LAST
     try:
@@ -89,53 +67,41 @@ def conversions_command(
         raise explained(client, error, name, "conversions") from error
 
 
-def _kept(session: Session, client: Client, name: str, filters: Filters, since: int, last: int | None) -> int:
+def _kept(session: Session, client: Client, name: str, filters: Query, since: int, last: int | None) -> int:
     """Show those that are kept; return the number of the last that was looked at."""
-    begin = _near_the_end(client, name, last) if last and not since and filters == Filters({}) else since
-    position, shown = _collected(session, client, name, filters, begin, last)
-    if begin > since and len(shown) < (last or 0):
-        position, shown = _collected(session, client, name, filters, since, last)
-    for record in shown:
+    if last is not None and 0 < last <= _LAST_LIMIT:
+        answer = client.get(machine_target(name, "conversions"), [("since", since), ("last", last), *filters])
+        found = objects(answer, "conversions")
+        # Where the filters leave out nearly everything, kvmd gives up looking back: then all are looked at.
+        if answer.get("more") is not True:
+            for record in found:
+                _show(session, record)
+            return number(answer, "next")
+    position, held = since, deque[dict[str, Any]](maxlen=last)
+    for record in _pages(client, name, filters, since):
+        if "next" in record:
+            position = number(record, "next")
+        elif last is None:
+            _show(session, record)
+        elif "sequence" in record:
+            held.append(record)
+    for record in held:
         _show(session, record)
     return position
 
 
-def _near_the_end(client: Client, name: str, last: int) -> int:
-    """Return where to begin so that the last few come, and not all that are kept, of which there may be 100,000.
+def _pages(client: Client, name: str, filters: Query, since: int) -> Iterator[dict[str, Any]]:
+    """Yield conversions up to now.
 
-    Numbers count a machine's requests, so its counters say about which one is the last.
+    Where some were forgotten already an object with ``lost`` comes in their place, and after each page one with
+    ``next``: the number of the last that was looked at.
     """
-    return max(0, counted(an_object(client.get(machine_target(name, "counters")))).requests - last)
-
-
-def _collected(
-    session: Session, client: Client, name: str, filters: Filters, since: int, last: int | None
-) -> tuple[int, deque[dict[str, Any]]]:
-    """Return the number of the last that was looked at, and the last few; without ``last`` show them as they come."""
-    position = since
-    held: deque[dict[str, Any]] = deque(maxlen=last)
-    for record in _pages(client, name, filters, since):
-        if "sequence" not in record:
-            if last is None:
-                _show(session, record)
-            continue
-        position = max(position, number(record, "sequence"))
-        if filters.let_through(record):
-            if last is None:
-                _show(session, record)
-            else:
-                held.append(record)
-    return position, held
-
-
-def _pages(client: Client, name: str, filters: Filters, since: int) -> Iterator[dict[str, Any]]:
-    """Yield conversions up to now, and where some were forgotten already an object with ``lost``."""
     now = time.time()
     # A guest may convert faster than this reads: it must not go on for ever.
     until = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f"{now % 1:.6f}Z"[1:]
     first = True
     while True:
-        query = [("since", since), ("limit", _PAGE), *filters.exact.items()]
+        query = [("since", since), ("limit", _PAGE), *filters]
         answer = client.get(machine_target(name, "conversions"), query)
         found = objects(answer, "conversions")
         lost = number(answer, "lost")
@@ -144,12 +110,13 @@ def _pages(client: Client, name: str, filters: Filters, since: int) -> Iterator[
             yield {"lost": lost}
         yield from found
         following = number(answer, "next")
+        yield {"next": following}
         if answer.get("more") is not True or following <= since or (found and str(found[-1].get("time")) > until):
             return
         since, first = following, False
 
 
-def _follow(session: Session, client: Client, name: str, filters: Filters, since: int, last: int | None) -> None:
+def _follow(session: Session, client: Client, name: str, filters: Query, since: int, last: int | None) -> None:
     """Show those that are kept, then those that happen, none twice and none left out between."""
     position = since
 
@@ -158,15 +125,14 @@ def _follow(session: Session, client: Client, name: str, filters: Filters, since
         position = _kept(session, client, name, filters, since, last)
 
     # The stream is open before the others are asked for: between the two nothing happens unseen.
-    followed = Followed(name, ("conversion",))
+    followed = Followed(name, ("conversion",), filters=filters)
     for event in follow(client, followed, Patience(session.note), opened=show_kept):
         if event.kind == "lost":
             # What the stream lost may be kept all the same; what is not is told with it.
             position = _kept(session, client, name, filters, position, None)
         elif number(event.data, "sequence") > position:
             position = number(event.data, "sequence")
-            if filters.let_through(event.data):
-                _show(session, event.data)
+            _show(session, event.data)
 
 
 def _show(session: Session, record: dict[str, Any]) -> None:

@@ -35,7 +35,11 @@ def logs_command(session: Session, *, name: str, follows: bool, wants_console: b
     try:
         if follows:
             pieces: Iterator[bytes] = follow_output(
-                client, name, target, Patience(session.note), kept=None if last is None else tail.let_go
+                client,
+                target,
+                Patience(session.note),
+                kept=None if last is None else tail.let_go,
+                dropped=lambda count: session.note(f"{count:,} bytes are not kept any more"),
             )
         else:
             pieces = kept_output(client, target)

@@ -34,7 +34,10 @@ _MARGIN = 24
 def map_command(
     session: Session, *, name: str, gpa: tuple[int, int] | None, rows: int, columns: int | None, color: str
 ) -> None:
-    """Draw a machine's memory: what is private and what is shared. --output json lists the ranges."""
+    """Draw a machine's memory: what is private, what is shared, and what is pinned (never converts).
+
+    --output json lists the ranges.
+    """
     client = session.client()
     try:
         ranges = _all_ranges(client, name, gpa)
@@ -92,11 +95,13 @@ def _drawn(ranges: list[dict[str, Any]], gpa: tuple[int, int] | None, rows: int,
             within = GpaRange(0, entries[-1][0].end)
         else:
             raise Mistake("there is no memory to draw")
+        fixed = [range_ for (range_, _), each in zip(entries, ranges, strict=True) if each.get("pinned") is True]
+        pinned = GpaRange(fixed[0].start, fixed[-1].end) if fixed else None
     except ValueError as error:
         raise NotKvmd("what answers on the socket is not kvmd: its map of memory is none") from error
     encoding = (sys.stdout.encoding or "ascii").lower()
     palette = BLOCKS if encoding.startswith("utf") else ASCII
-    return picture(entries, within, columns=columns, rows=rows, palette=palette)
+    return picture(entries, within, pinned=pinned, columns=columns, rows=rows, palette=palette)
 
 
 def _columns() -> int:
@@ -110,8 +115,10 @@ def _sums(ranges: list[dict[str, Any]]) -> str:
     for each in ranges:
         state = text(each, "state")
         sums[state] = sums.get(state, 0) + number(each, "size")
+    pinned = sum(number(each, "size") for each in ranges if each.get("pinned") is True)
+    also = [f"{size(pinned)} pinned"] if pinned else []
     pieces = f"{len(ranges):,} range" + ("" if len(ranges) == 1 else "s")
-    return ", ".join([*(f"{size(sums[state])} {shown(state)}" for state in sums), f"in {pieces}"])
+    return ", ".join([*(f"{size(sums[state])} {shown(state)}" for state in sums), *also, f"in {pieces}"])
 
 
 _COLORS = {"█": "green", "#": "green", "░": "yellow", ".": "yellow", "▒": "cyan", "+": "cyan", "▓": "blue", "@": "blue"}

@@ -88,11 +88,15 @@ class _Guest:
         with self._signals():
             self.start()
             with self._ended_where_given_up():
-                for data in follow_output(client, name, machine_target(name, "console", "output"), patience):
+                target = machine_target(name, "console", "output")
+                for data in follow_output(client, target, patience, dropped=self._dropped):
                     screen.show(data)
                 screen.end()
                 machine, _ = wait_for(client, name, ("stopped",), patience)
         return self._over(machine)
+
+    def _dropped(self, count: int) -> None:
+        self._session.note(f"{count:,} bytes of {shown(self.name)}'s output came too fast to be kept")
 
     def _over(self, machine: dict[str, Any]) -> int:
         if not self._keep:

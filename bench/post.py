@@ -1,0 +1,133 @@
+"""A machine over the API of a running daemon: from its POST to the guest's first output, beside QEMU doing the same.
+
+The daemon is ``kvmd daemon``, a process of its own with its spawner and its machines' processes; the client speaks HTTP
+over its Unix socket: one request that creates, one that starts, and one that follows the console.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from bench.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
+from bench.qemu import qemu_start
+from bench.runs import require_kvm
+
+TARGET = 1.5
+"""What it may take at most, in starts of QEMU."""
+
+_POST = "POST, start, first output"
+_QEMU = "qemu -M microvm, first output"
+_SECONDS = 30
+
+
+def measure(options: Options) -> Report:
+    """Measure both in turns."""
+    require_kvm()
+    report = Report("post", "a machine over HTTP, from its POST to the guest's first output")
+    with tempfile.TemporaryDirectory() as name, _daemon(Path(name)) as path:
+        client = _Client(path)
+        client.first_output()  # the first one waits for the machines' parent to import everything
+        things: dict[str, Callable[[], float]] = {_POST: client.first_output}
+        qemu = qemu_start()
+        if qemu is not None:
+            qemu()
+            things[_QEMU] = qemu
+        series = take_turns(things, rounds=options.rounds(30), unit="ms")
+        report.facts.append(Fact(Series("of which creating", "ms", tuple(client.created[2:]))))
+    if qemu is not None:
+        report.ratios.append(Ratio(series[_POST], series[_QEMU], TARGET))
+    else:
+        report.facts.append(Fact(series[_POST]))
+        report.notes.append("QEMU, a compiler or objcopy is not there")
+    report.notes.append(
+        "both guests print through a 16550 at once, QEMU's from its reset vector, kvmd's (builtin:hello, 64 MiB) after "
+        "its start-up code, so the first output comes some milliseconds after the first instruction; kvmd was told to "
+        "create, start and show a console in three requests, its daemon ran already; QEMU is timed from its exec"
+    )
+    return report
+
+
+@contextmanager
+def _daemon(folder: Path) -> Iterator[Path]:
+    path = folder / "api"
+    config = folder / "kvmd.toml"
+    config.write_text(f'[api]\nsocket = "{path}"\n', encoding="utf-8")
+    command = [sys.executable, "-m", "kvmd", "daemon", "--config", str(config), "--state", str(folder / "state")]
+    with subprocess.Popen([*command, "--stop-machines", "--log-format", "json"], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None  # noqa: S101 - it is a pipe
+        try:
+            while b"api-serving" not in (line := process.stderr.readline()):
+                if not line:
+                    raise CannotMeasure("the daemon did not start")
+            yield path
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.stderr.read()
+
+
+class _Client:
+    """One after the other, machines from their beginning to their end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = os.fspath(path)
+        self._numbers = count()
+        self.created: list[float] = []
+
+    def first_output(self) -> float:
+        """Return the milliseconds from a machine's POST to its guest's first output."""
+        name = f"post-{next(self._numbers)}"
+        machine = f"/v1/machines/{name}"
+        with self._connected() as asking, self._connected() as watching:
+            began = time.perf_counter()
+            _ask(asking, "POST", "/v1/machines", {"image": "builtin:hello", "name": name})
+            self.created.append((time.perf_counter() - began) * 1000)
+            watching.sendall(_request("GET", f"{machine}/console/output"))
+            _ask(asking, "POST", f"{machine}/start")
+            seen = b""
+            while not seen.partition(b"\r\n\r\n")[2]:  # the header comes at once, the first chunk with the output
+                more = watching.recv(65536)
+                if not more:
+                    raise CannotMeasure(f"the console ended after {seen!r}")
+                seen += more
+            passed = (time.perf_counter() - began) * 1000
+            _ask(asking, "GET", f"{machine}/wait?state=stopped")
+            _ask(asking, "DELETE", machine)
+        return passed
+
+    @contextmanager
+    def _connected(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_SECONDS)
+            connection.connect(self._path)
+            yield connection
+
+
+def _request(method: str, target: str, body: object = None) -> bytes:
+    data = b"" if body is None else json.dumps(body).encode()
+    kind = "Content-Type: application/json\r\n" if data else ""
+    return f"{method} {target} HTTP/1.1\r\nHost: kvmd\r\n{kind}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def _ask(connection: socket.socket, method: str, target: str, body: object = None) -> None:
+    connection.sendall(_request(method, target, body))
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += connection.recv(65536)
+    head, _, content = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 2"):
+        raise CannotMeasure(f"{method} {target} was refused: {answer!r}")
+    fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
+    left = int(fields.get(b"content-length", 0)) - len(content)
+    while left > 0:
+        left -= len(connection.recv(left))

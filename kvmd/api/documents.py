@@ -1,0 +1,89 @@
+"""Answers as plain data: what ``kvmd.api.models`` describes, without making a model for each.
+
+``tests/api`` hold every answer against the OpenAPI document, which is made of the models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from kvmd import __version__
+from kvmd.api.models import HostFacts
+from kvmd.fleet.base import MachineEnd, MachineInfo
+from kvmd.guests import GUESTS
+from kvmd.spec import BUILTIN_PREFIX, MachineSpec
+
+_BUILTIN_NAMES = {guest.path: BUILTIN_PREFIX + name for name, guest in GUESTS.items()}
+
+
+def machines_document(machines: Iterable[MachineInfo]) -> dict[str, object]:
+    """Return all machines."""
+    return {"machines": [machine_document(info) for info in machines]}
+
+
+def machine_document(info: MachineInfo) -> dict[str, object]:
+    """Return a machine as it is now."""
+    return {
+        "name": info.name,
+        "state": info.state,
+        "spec": _spec(info.spec),
+        "owner_uid": info.owner_uid,
+        "created": timestamp(info.created_ns),
+        "started": None if info.started_ns is None else timestamp(info.started_ns),
+        "pid": info.pid,
+        "facts": info.facts,
+        "end": None if info.end is None else _end(info.end),
+    }
+
+
+def waited_document(info: MachineInfo, *, reached: bool) -> dict[str, object]:
+    """Return what a wait came to."""
+    return {"reached": reached, "machine": machine_document(info)}
+
+
+def host_document(host: HostFacts) -> dict[str, object]:
+    """Return the daemon and its host."""
+    return {"version": __version__, "host": host.model_dump(mode="json")}
+
+
+def timestamp(wall_ns: int) -> str:
+    """Return a time since the epoch as RFC 3339 text with microseconds."""
+    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"
+
+
+def image_name(spec: MachineSpec) -> str:
+    """Return an image as a client would name it."""
+    return _BUILTIN_NAMES.get(spec.image) or str(spec.image)
+
+
+def _spec(spec: MachineSpec) -> dict[str, object]:
+    bounds = spec.conversion
+    return {
+        "image": image_name(spec),
+        "vcpus": spec.vcpus,
+        "memory": spec.memory,
+        "accelerator": spec.accelerator,
+        "protection": spec.protection,
+        "tripwire": spec.tripwire,
+        "initial": spec.initial,
+        "cpl": spec.cpl,
+        "arguments": spec.arguments,
+        "conversion": {
+            "chunk": bounds.chunk,
+            "no_progress_limit": bounds.no_progress_limit,
+            "max_ranges": bounds.max_ranges,
+            "implicit": bounds.implicit,
+        },
+    }
+
+
+def _end(end: MachineEnd) -> dict[str, object]:
+    return {
+        "reason": end.reason,
+        "message": end.message,
+        "status": end.status,
+        "signal": end.signal,
+        "time": timestamp(end.wall_ns),
+    }
