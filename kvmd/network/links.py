@@ -12,12 +12,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kvmd.closing import Closing
 from kvmd.errors import HostError
 from kvmd.network.naming import GROUP
 
+_SETTINGS = Path("/proc/sys/net/ipv6/conf")
 _SCOPE_UNIVERSE = 0
 _ADDR_GEN_NONE = 1  # IN6_ADDR_GEN_MODE_NONE, linux/if_link.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
@@ -130,6 +132,22 @@ class Links(Closing):
         except self._refusal as error:
             if getattr(error, "code", 0) not in {errno.EAFNOSUPPORT, errno.EOPNOTSUPP}:  # a kernel without IPv6
                 raise HostError(f"cannot configure {link.name}: {_reason(error)}") from error
+
+    def ignore_routers(self, link: Link) -> None:
+        """Keep guests from telling the host where to route: by default Linux believes IPv6 router advertisements.
+
+        The one setting that has no netlink message (Documentation/networking/ip-sysctl.rst, accept_ra).
+        """
+        path = _SETTINGS / link.name / "accept_ra"
+        try:
+            path.write_text("0", encoding="ascii")
+        except FileNotFoundError:  # a kernel without IPv6
+            pass
+        except OSError as error:
+            raise HostError(
+                f"cannot write {path}: {error.strerror}: this unit's ProtectKernelTunables= needs "
+                f"ReadWritePaths={_SETTINGS} beside it"
+            ) from error
 
     def add_address(self, link: Link, address: str) -> None:
         """Add an address with its prefix, such as ``10.9.0.1/24``."""

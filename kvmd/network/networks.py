@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+
+import structlog
 
 from kvmd.closing import Closing
 from kvmd.errors import HostError
@@ -16,6 +18,8 @@ from kvmd.network.naming import bridge_mac, guest_mac, namespace_name, tap_mac, 
 from kvmd.network.own_thread import in_own_thread
 from kvmd.network.spec import MTU_DEFAULT, NetworkSpec
 from kvmd.network.tap import Tap, changing
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.network")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,19 @@ class Networks(Closing):
     def close(self) -> None:
         """Remove the taps, and the bridges and namespaces that only they used; harmless the second time.
 
-        Raises:
-            HostError: a bridge or a namespace cannot be removed; the taps are gone, and the next start tries again.
+        What cannot be removed is logged, and stays for the next start: a guest that ended well has ended well.
         """
         self._taps.close()
         if self._bridges or self._namespaces:
-            in_own_thread(self._remove)
+            try:
+                in_own_thread(self._remove)
+            except HostError as error:
+                _log.warning(
+                    "network-left-behind",
+                    machine=self._machine,
+                    problem=str(error),
+                    consequence="the next start removes it",
+                )
 
     def make(self, specs: Sequence[NetworkSpec]) -> None:
         """Make all; in a thread of its own, and to be closed where it fails.
@@ -112,6 +123,7 @@ class Networks(Closing):
     def _make_bridge(self, links: Links, spec: NetworkSpec, mtu: int) -> Link:
         bridge = links.make_bridge(spec.bridge, mac=bridge_mac(spec.bridge), mtu=mtu)
         links.mark(bridge, machine="bridge")
+        links.ignore_routers(bridge)
         if not spec.addresses:
             links.without_own_addresses(bridge)
         for address in spec.addresses:
@@ -143,6 +155,7 @@ class Networks(Closing):
             namespace.give_name(name)
             tap = self._new_tap(spec, index)
             link = self._configured(links, tap, mtu=spec.mtu)
+            links.ignore_routers(link)
             for address in spec.addresses:
                 links.add_address(link, address)
             links.raise_up(link)
@@ -202,9 +215,7 @@ def open_networks(specs: Sequence[NetworkSpec], *, machine: str) -> Networks:
         if specs:
             in_own_thread(partial(networks.make, specs))
     except BaseException:
-        # What cannot be removed now is removed at the next start; why it was not made is what counts.
-        with suppress(HostError):
-            networks.close()
+        networks.close()
         raise
     return networks
 

@@ -54,7 +54,7 @@ def microvm(
         *("-device", "virtio-rng-device"),
     ]
     if disk is not None:
-        command += ["-drive", f"id=disk,file={disk},format=raw,if=none,cache=none"]
+        command += ["-drive", f"id=disk,file={disk},format=raw,if=none,cache=writeback"]
         command += ["-device", "virtio-blk-device,drive=disk"]
     if network is not None:
         command += ["-netdev", f"tap,id=net,fd={network.fd},vhost=off"]

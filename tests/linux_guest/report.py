@@ -15,7 +15,9 @@ class Report:
     """
 
     def __init__(self, console: bytes) -> None:
-        self.lines: list[tuple[str, str]] = [(word.decode(), rest.decode(errors="replace")) for word, rest in _LINE.findall(console)]
+        self.lines: list[tuple[str, str]] = [
+            (word.decode(), rest.decode(errors="replace")) for word, rest in _LINE.findall(console)
+        ]
 
     def __contains__(self, word: str) -> bool:
         return any(word == there for there, _ in self.lines)

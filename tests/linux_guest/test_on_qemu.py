@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,32 +11,17 @@ import pytest
 
 from kvmd.network.networks import open_networks
 from kvmd.network.spec import NetworkSpec
-from tests.linux_guest import debian
 from tests.linux_guest.debian import Kernel
 from tests.linux_guest.disk import missing_tools
+from tests.linux_guest.kernels import debian_kernel, lab_kernel
 from tests.linux_guest.proof import BRIDGE, HOST, PREFIX, Proof, run_to_end
 from tests.linux_guest.qemu import QemuNetwork, microvm
 from tests.own_network import own_network
 
 pytestmark = pytest.mark.network
 
-REPOSITORY = Path(__file__).parents[2]
 SECONDS = 180.0
 QEMU = "qemu-system-x86_64"
-
-
-def lab_kernel() -> Kernel:
-    found = subprocess.run([REPOSITORY / "lab" / "kernel"], capture_output=True, text=True, check=False)  # noqa: S603 - ours
-    if found.returncode != 0:
-        pytest.skip(found.stderr.strip())
-    return Kernel(Path(found.stdout.strip()))
-
-
-def debian_kernel() -> Kernel:
-    found = debian.find()
-    if found is None:
-        pytest.skip("Debian's kernel is not there: python -m tests.linux_guest.debian fetches it")
-    return found
 
 
 def prove(folder: Path, kernel: Kernel, accelerator: str, end: str) -> None:

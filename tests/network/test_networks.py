@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import structlog
 
 from kvmd.errors import HostError
 from kvmd.network import namespace, tap
@@ -149,6 +151,37 @@ def test_a_segment_larger_than_the_mtu_comes_whole_where_the_guest_cuts_it() -> 
 
 
 # -- names and sharing -------------------------------------------------------------------------------------------
+
+
+def router_advertisement(guest: Guest, target: bytes) -> bytes:
+    """Return the IPv6 packet by which a guest says that it is everybody's router (RFC 4861, 4.2)."""
+    source = bytes.fromhex("fe80" + "00" * 6) + guest.mac[:3] + b"\xff\xfe" + guest.mac[3:] + b"\0\0"
+    source = source[:16]
+    # Type 134, hop limit 64, a lifetime of 1800 s.
+    message = struct.pack(">BBHBBHII", 134, 0, 0, 64, 0, 1800, 0, 0)
+    pseudo = source + target + struct.pack(">I3xB", len(message), 58) + message
+    total = sum(struct.unpack(f">{len(pseudo) // 2}H", pseudo))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    message = message[:2] + struct.pack(">H", ~total & 0xFFFF) + message[4:]
+    return struct.pack(">IHBB", 6 << 28, len(message), 58, 255) + source + target + message
+
+
+@own_network
+def test_a_guest_cannot_make_itself_the_host_s_router() -> None:
+    everybody = bytes.fromhex("ff02" + "00" * 13 + "01")
+
+    def advertise() -> str:
+        guest = Guest(networks.guest[0])
+        guest.write(b"\x33\x33\0\0\0\1", 0x86DD, router_advertisement(guest, everybody))
+        talk_udp(guest)  # what was written before has been looked at by now
+        return ip("-6", "route", "show", "default")
+
+    with open_networks([MADE], machine="web") as networks:
+        assert advertise() == ""
+        # Seen the other way round: a host that does believe has a route now.
+        Path("/proc/sys/net/ipv6/conf/vms/accept_ra").write_text("1")
+        assert "dev vms" in advertise()
 
 
 @own_network
@@ -387,6 +420,21 @@ def test_what_cannot_be_removed_is_told_and_stays_for_the_next_start() -> None:
 
     in_thread(without)
     assert len(remove_left_behind()) == 2
+
+
+@own_network
+def test_an_end_that_may_not_remove_its_bridge_is_an_end_all_the_same() -> None:
+    def open_and_close() -> None:
+        networks = open_networks([MADE], machine="web")
+        keep_capabilities()
+        with structlog.testing.capture_logs() as log:
+            networks.close()
+        assert [entry["event"] for entry in log] == ["network-left-behind"]
+        assert "no CAP_NET_ADMIN" in log[0]["problem"]
+
+    in_thread(open_and_close)
+    assert links() == {"vms"}
+    assert remove_left_behind() == ["bridge vms"]
 
 
 def test_nobody_who_wants_no_network_imports_pyroute2() -> None:
