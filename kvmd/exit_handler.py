@@ -227,9 +227,13 @@ class ExitHandler:
         if exit_.is_write:
             if exit_.port == EXIT_PORT and exit_.size == 1 and self._switch is None:
                 return self._on_exit(exit_.data[-1])
-            if exit_.port == CONVERSION_PORT and exit_.size == 1 and exit_.data[-1] == KVM_HC_MAP_GPA_RANGE:
-                if self._switch is None:
-                    return self._on_conversion_port()
+            if (
+                exit_.port == CONVERSION_PORT
+                and exit_.size == 1
+                and exit_.data[-1] == KVM_HC_MAP_GPA_RANGE
+                and self._switch is None
+            ):
+                return self._on_conversion_port()
             for start in range(0, len(exit_.data), exit_.size):
                 self._ports.write(exit_.port, exit_.data[start : start + exit_.size])
             if self._switch is not None and self._switch.wish is not None:

@@ -133,8 +133,9 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         vcpus: how many, from 1.
         memory: bytes, a multiple of the page size.
         accelerator: what runs the guest: ``kvm``, ``software`` (an emulator), or ``auto`` for KVM where it works.
-        protection: by default ``emulated`` for payloads and ``none`` for Linux: ``emulated`` (two views of memory by an address bit), ``guest-memfd`` (one view, and private
-            memory that the host cannot map), ``none``, or ``auto`` for the strongest that the host offers.
+        protection: ``emulated`` (two views of memory by an address bit), ``guest-memfd`` (one view, and private
+            memory that the host cannot map), ``none``, or ``auto`` for the strongest that the host offers; by default
+            ``emulated`` for payloads, ``none`` for Linux.
         tripwire: of ``emulated``, what makes the view that is not live trip: ``attribute``, ``guest_memfd``,
             ``hole``, or ``auto`` for the best that the host offers.
         initial: the state that the guest's own memory starts in, by default ``private``, and ``shared`` for Linux;
@@ -224,8 +225,8 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             )
         if self.initial == "private":
             raise ConfigError(
-                'initial: "private" is not possible for Linux: a kernel cannot be put into private memory, nor converts '
-                'it any by itself: expected "shared"'
+                'initial: "private" is not possible for Linux: a kernel cannot be put into private memory, nor does it '
+                'convert any by itself: expected "shared"'
             )
         if self.arguments:
             raise ConfigError("arguments: only payloads have them: expected cmdline, for Linux")

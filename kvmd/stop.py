@@ -1,7 +1,7 @@
 """Why a machine stopped, and the exit status that says so.
 
-A guest's own exit statuses are passed on as they are: 0 to 119 and 128 to 255. Those between are kvmd's. A Linux guest has no status of its own: powering off
-is 0, rebooting 133.
+A guest's own exit statuses are passed on as they are: 0 to 119 and 128 to 255. Those between are kvmd's. A Linux
+guest has no status of its own: powering off is 0, rebooting 133.
 """
 
 from __future__ import annotations

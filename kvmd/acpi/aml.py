@@ -80,7 +80,7 @@ def name(segment: str, value: bytes) -> bytes:
 
 
 def scope(path: str, terms: Sequence[bytes]) -> bytes:
-    """Return terms within a scope such as ``\\_SB``."""
+    """Return terms within a scope such as ``_SB``."""
     return _SCOPE + _sized(_path(path) + b"".join(terms))
 
 
@@ -89,7 +89,7 @@ def device(segment: str, terms: Sequence[bytes]) -> bytes:
     return _DEVICE + _sized(_path(segment) + b"".join(terms))
 
 
-# -- resources -------------------------------------------------------------------------------------------------------------
+# -- resources ---------------------------------------------------------------------------------------------------------
 
 
 def resources(descriptors: Sequence[bytes]) -> bytes:
@@ -112,7 +112,7 @@ def edge_interrupt(gsi: int) -> bytes:
     return struct.pack("<BHBBI", 0x89, 6, 0x03, 1, gsi)
 
 
-# -- encoding --------------------------------------------------------------------------------------------------------------
+# -- encoding ----------------------------------------------------------------------------------------------------------
 
 
 def _path(path: str) -> bytes:

@@ -71,7 +71,8 @@ def check_networks(spec: MachineSpec, bridges: Sequence[str], *, namespaces: boo
         if network.kind == "namespace":
             if not namespaces:
                 raise ConfigError(
-                    f"networks[{index}]: no network namespaces are allowed here: have networks.namespaces set in kvmd.toml"
+                    f"networks[{index}]: no network namespaces are allowed here: have networks.namespaces set in "
+                    "kvmd.toml"
                 )
         elif network.bridge not in bridges:
             raise ConfigError(

@@ -83,7 +83,8 @@ class MachineRequest(Request):
     )
     kernel: FileName | None = Field(
         default=None,
-        description="for Linux, in place of `image`: a bzImage or an ELF vmlinux, in an allowed folder or passed likewise",
+        description="for Linux, in place of `image`: a bzImage or an ELF vmlinux, in an allowed folder or passed "
+        "likewise",
     )
     initrd: FileName | None = Field(default=None, description="of Linux, in an allowed folder")
     cmdline: Annotated[str, Field(max_length=65536)] | None = Field(default=None, description="of Linux")

@@ -59,9 +59,9 @@ class ConsoleInput:
         return byte
 
     def set_arrived(self, arrived: Callable[[], None]) -> None:
-        """Call ``arrived`` from now on when bytes came in, for a device that interrupts. It must neither block nor raise.
+        """Call ``arrived`` from now on when bytes came in, for a device that interrupts.
 
-        Before the first vCPU runs.
+        It must neither block nor raise. To be set before the first vCPU runs.
         """
         self._arrived = arrived
 

@@ -2,8 +2,8 @@
 
 The transmitter is always ready. Where an interrupt line is connected it is pulled, as an edge, when a reason for an
 interrupt appears: a byte to read, or the transmitter empty again; where none is, drivers must poll the line status, for
-input too. A modem is always there (carrier, ready, clear to send). What is typed waits outside and comes in one byte at a
-time as the guest reads, so that there is no overrun; in loopback mode it goes on waiting.
+input too. A modem is always there (carrier, ready, clear to send). What is typed waits outside and comes in one byte at
+a time as the guest reads, so that there is no overrun; in loopback mode it goes on waiting.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Uart16550:
                 case _:
                     raise ValueError(f"a 16550 has no register {offset}")
 
-    def write(self, offset: int, value: int) -> None:  # noqa: C901 - one case a register
+    def write(self, offset: int, value: int) -> None:  # noqa: C901, PLR0912 - one case a register
         """Write the byte ``value`` to the register at ``offset``, 0 to 7; blocks while the console is full.
 
         Raises:

@@ -29,7 +29,9 @@ _ENCRYPTION = 0x8000_001F
 _AMD_PERFORMANCE = 0x8000_0022
 
 _LEFT_OUT = frozenset({_MONITOR, _PERFORMANCE, *_TOPOLOGIES, _ENCLAVES, _TRACE, _NESTED, _ENCRYPTION, _AMD_PERFORMANCE})
-"""Leaves of what a guest here cannot have: counters, enclaves, trace, guests of its own, encryption. Topology is made anew."""
+"""Leaves of what a guest here cannot have: counters, enclaves, trace, guests of its own, encryption.
+
+Topology is made anew."""
 
 # Leaf 1, ECX and EDX.
 _MONITOR_BIT = 1 << 3
@@ -106,7 +108,9 @@ def id_bits(vcpus: int) -> int:
     return (vcpus - 1).bit_length()
 
 
-def _made(entry: CpuidEntry, index: int, vcpus: int, *, tsc_deadline: bool) -> CpuidEntry:
+def _made(  # noqa: PLR0911 - one for each leaf
+    entry: CpuidEntry, index: int, vcpus: int, *, tsc_deadline: bool
+) -> CpuidEntry:
     match entry.function:
         case 0x1:
             return _features(entry, index, vcpus, tsc_deadline=tsc_deadline)

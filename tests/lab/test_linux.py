@@ -1,5 +1,6 @@
-"""Linux guests on kvmd, with everything that they can do: the same init and surroundings as on QEMU
-(tests/linux_guest/test_on_qemu.py), so that a failure here alone is kvmd's.
+"""Linux guests on kvmd, with everything that they can do.
+
+Init and its surroundings are those of tests/linux_guest/test_on_qemu.py: a failure here alone is kvmd's.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from kvmd.network.networks import open_networks
 from kvmd.network.spec import NetworkSpec
 from tests.linux_guest.debian import Kernel
 from tests.linux_guest.disk import missing_tools
+from tests.linux_guest.kernels import debian_kernel, lab_kernel
 from tests.linux_guest.proof import BRIDGE, HOST, PREFIX, Proof, as_toml, run_to_end
-from tests.linux_guest.test_on_qemu import debian_kernel, lab_kernel
 from tests.own_network import own_network
 
 pytestmark = [pytest.mark.private_memory, pytest.mark.network]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -30,7 +31,7 @@ def planned(file: bytes | None = None, memory: int = 256 * MIB, initrd: bytes = 
 
 def image_of(boot: LinuxBoot) -> dict[int, bytes]:
     writes = sorted((write.gpa, bytes(write.data)) for write in boot.writes)
-    for (gpa, data), (following, _) in zip(writes, writes[1:], strict=False):
+    for (gpa, data), (following, _) in itertools.pairwise(writes):
         assert gpa + len(data) <= following, "two writes overlap"
     return dict(writes)
 

@@ -5,7 +5,6 @@ Real kernels run in tests/lab/test_linux.py.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -150,7 +149,7 @@ def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
     (tmp_path / "large").write_bytes(bytes(64 << 20))
     (tmp_path / "odd").write_bytes(bytes(700))
     (tmp_path / "disk").write_bytes(bytes(1024))
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = sorted(Path("/proc/self/fd").iterdir())
     with pytest.raises(error, match=part):
         host.open(bzimage(), **keys)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
