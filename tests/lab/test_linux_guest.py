@@ -31,7 +31,7 @@ def test_a_linux_guest_is_useful(tmp_path: Path, kernel: Callable[[], Kernel]) -
     bridge = NetworkSpec(kind="made-bridge", bridge=BRIDGE, addresses=(f"{HOST}/{PREFIX}",))
     # A machine of another kvmd's on the same bridge: it makes it, and keeps it there for the peer.
     with open_networks([bridge], machine="keeper"), Proof(tmp_path, found) as proof:
-        with Daemon(tmp_path, images=[tmp_path, found.image.parent]) as daemon:
+        with Daemon(tmp_path, images=[tmp_path, found.image.parent], bridges=[BRIDGE]) as daemon:
             daemon.ask("POST", "/v1/machines", proof.machine("linux"))
             with daemon.console("linux") as console:
                 daemon.ask("POST", "/v1/machines/linux/start")
