@@ -12,7 +12,7 @@ from tests.linux_guest.daemon import Daemon
 
 pytestmark = pytest.mark.kvm
 
-# mov ebx, 0xd0000000; mov eax, [rbx + 0x100]; (out 0x3f8; shr 8) four times: the capacity of the first disk, in sectors.
+# mov ebx, 0xd0000000; mov eax, [rbx + 0x100]; (out 0x3f8; shr 8) four times: sectors of the first disk.
 CAPACITY = b"\xbb\x00\x00\x00\xd0\x8b\x83\x00\x01\x00\x00" + b"\x66\xba\xf8\x03" + b"\xee\xc1\xe8\x08" * 4
 POWER_OFF = b"\x66\xba\x00\x06\xb0\x34\xee\xeb\xfe"
 SECTORS = 0x44332211 & 0xFFFF
