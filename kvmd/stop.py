@@ -18,8 +18,6 @@ RESERVED_STATUSES = range(120, 128)
 class ExitStatus(enum.IntEnum):
     """What ``kvmd run`` exits with when it is not the guest's own status."""
 
-    POWERED_OFF = 0
-    """The guest powered itself off."""
     CONFIG = 120
     """The command line, the machine's file or the guest image cannot be carried out as written."""
     HOST = 121
@@ -36,8 +34,14 @@ class ExitStatus(enum.IntEnum):
     """The operator asked it to stop (SIGINT or SIGTERM)."""
     KILLED = 127
     """The operator asked twice."""
+
+
+class LinuxStatus(enum.IntEnum):
+    """What it exits with when a Linux guest ended in order."""
+
+    POWERED_OFF = 0
     REBOOT = 133
-    """The guest rebooted, which ends its machine; systemd-nspawn's status for the same, which a unit can act on."""
+    """The guest's machine ends with it; systemd-nspawn's status for the same, which a unit can act on."""
 
 
 class StopReason(enum.Enum):
@@ -78,7 +82,7 @@ class StopReason(enum.Enum):
     BUG = "bug"
 
     @property
-    def exit_status(self) -> ExitStatus:
+    def exit_status(self) -> ExitStatus | LinuxStatus:
         """The exit status for this reason; a guest's own exit has none.
 
         Raises:
@@ -89,9 +93,9 @@ class StopReason(enum.Enum):
         return _EXIT_STATUS.get(self, ExitStatus.GUEST_FAULT)
 
 
-_EXIT_STATUS = {
-    StopReason.GUEST_POWER_OFF: ExitStatus.POWERED_OFF,
-    StopReason.GUEST_REBOOT: ExitStatus.REBOOT,
+_EXIT_STATUS: dict[StopReason, ExitStatus | LinuxStatus] = {
+    StopReason.GUEST_POWER_OFF: LinuxStatus.POWERED_OFF,
+    StopReason.GUEST_REBOOT: LinuxStatus.REBOOT,
     StopReason.OPERATOR: ExitStatus.STOPPED,
     StopReason.KILLED: ExitStatus.KILLED,
     StopReason.MEMSLOTS_EXHAUSTED: ExitStatus.EXHAUSTED,
