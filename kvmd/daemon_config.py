@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -16,6 +17,7 @@ _SOCKET_LIMIT = 107
 
 _CONNECTIONS_LIMIT = 100_000
 _DRAIN_LIMIT = 3600.0
+_WAITING_LIMIT = 1000
 
 _KEYS = Keys(
     {
@@ -27,6 +29,12 @@ _KEYS = Keys(
         "api.drain_seconds": f"a number of seconds from 0 to {_DRAIN_LIMIT:g}",
         "api.connections": f"a whole number from 1 to {_CONNECTIONS_LIMIT}",
         "api.connections_per_user": "a whole number from 1 to api.connections",
+        "machines": "a table: [machines], with keys of its own",
+        "machines.units": '"auto", "always" or "never"',
+        "machines.waiting": f"a whole number from 0 to {_WAITING_LIMIT}",
+        "machines.socket": f"an absolute path of at most {_SOCKET_LIMIT} bytes, other than those of [api]",
+        "log": "a table: [log], with keys of its own",
+        "log.level": '"debug", "info", "warning" or "error"',
         "images": "a table: [images], with keys of its own",
         "images.folders": 'a list of absolute paths of folders, such as ["/var/lib/kvmd/images"]',
         "disks": "a table: [disks], with keys of its own",
@@ -110,6 +118,38 @@ class NetworksConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     namespaces: bool = False
 
 
+class MachinesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Machines' processes.
+
+    Attributes:
+        units: whether each is a systemd unit of its own: ``auto`` where the daemon itself is in kvmd.slice.
+        waiting: such processes that are kept waiting for a machine.
+        socket: where they wait.
+    """
+
+    units: Literal["auto", "always", "never"] = "auto"
+    waiting: int = 2
+    socket: str = "/run/kvmd/machines.sock"
+
+    def __post_init__(self) -> None:
+        _KEYS.need("machines.units", self.units, self.units in {"auto", "always", "never"})
+        _KEYS.need("machines.waiting", self.waiting, 0 <= self.waiting <= _WAITING_LIMIT)
+        _KEYS.need("machines.socket", self.socket, _is_socket_path(self.socket))
+
+
+class LogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The daemon's log.
+
+    Attributes:
+        level: the lowest that is shown.
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        _KEYS.need("log.level", self.level, self.level in {"debug", "info", "warning", "error"})
+
+
 class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of the file.
 
@@ -121,6 +161,45 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     images: ImagesConfig = msgspec.field(default_factory=ImagesConfig)
     disks: DisksConfig = msgspec.field(default_factory=DisksConfig)
     networks: NetworksConfig = msgspec.field(default_factory=NetworksConfig)
+    machines: MachinesConfig = msgspec.field(default_factory=MachinesConfig)
+    log: LogConfig = msgspec.field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        other = self.machines.socket not in {self.api.socket, self.api.viewers_socket}
+        _KEYS.need("machines.socket", self.machines.socket, other)
+
+
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "api": ApiConfig,
+    "images": ImagesConfig,
+    "disks": DisksConfig,
+    "networks": NetworksConfig,
+    "machines": MachinesConfig,
+    "log": LogConfig,
+}
+
+_AT_START = (
+    "api.socket",
+    "api.operators",
+    "api.viewers",
+    "api.viewers_socket",
+    "machines.units",
+    "machines.socket",
+    "disks.folders",
+    "networks.bridges",
+    "networks.namespaces",
+)
+"""Keys that a running daemon does not read again: they say what it opened when it started, and for whom."""
+
+
+def need_restart(old: DaemonConfig, new: DaemonConfig) -> list[str]:
+    """Return the keys in which ``new`` differs, and that only a restart of the daemon brings into force."""
+
+    def value(config: DaemonConfig, key: str) -> object:
+        table, _, name = key.partition(".")
+        return getattr(getattr(config, table), name)
+
+    return [key for key in _AT_START if value(old, key) != value(new, key)]
 
 
 def load_daemon_config(path: Path) -> DaemonConfig:
@@ -144,8 +223,7 @@ def daemon_config_of(document: Mapping[str, object]) -> DaemonConfig:
         ConfigError: it cannot be meant; one line with key and what would be right.
     """
     refuse_unknown(document, DaemonConfig)
-    kinds = (("api", ApiConfig), ("images", ImagesConfig), ("disks", DisksConfig), ("networks", NetworksConfig))
-    for name, kind in kinds:
+    for name, kind in _TABLES.items():
         table = document.get(name, {})
         if isinstance(table, Mapping):
             refuse_unknown(table, kind, f"{name}.")

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, Protocol, TextIO, cast
 
 import msgspec
@@ -35,7 +35,21 @@ class LogStream(Protocol):
 _FIRST_KEYS = ("timestamp", "level", "event")
 
 
-def configure(*, log_format: LogFormat, stream: LogStream, level: LogLevel = "info") -> None:
+class EventSink(Protocol):
+    """Takes events as they are: ``kvmd.journal.Journal``."""
+
+    def send(self, event: Mapping[str, Any], /) -> bool:
+        """Take one, without waiting; tell whether it was taken."""
+
+
+def configure(
+    *,
+    log_format: LogFormat,
+    stream: LogStream,
+    level: LogLevel = "info",
+    journal: EventSink | None = None,
+    journal_only: bool = False,
+) -> None:
     """Send all log events from ``level`` up to ``stream``, each as one line; the last call holds.
 
     Args:
@@ -43,6 +57,9 @@ def configure(*, log_format: LogFormat, stream: LogStream, level: LogLevel = "in
             ``console``: for people, in colour only where ``stream`` is a terminal.
         stream: where it goes.
         level: the lowest that is shown.
+        journal: takes every event, too, as fields.
+        journal_only: ``stream`` gets only what the journal did not take, with journald's prefix for its level
+            (sd-daemon(3)).
     """
     renderer: structlog.typing.Processor
     if log_format == "json":
@@ -59,12 +76,39 @@ def configure(*, log_format: LogFormat, stream: LogStream, level: LogLevel = "in
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     processors.append(structlog.processors.format_exc_info if log_format == "json" else _in_few_words)
+    if journal is not None:
+        processors.append(_Tee(journal, only=journal_only))
     structlog.configure(
-        processors=[*processors, renderer],
+        processors=[*processors, _with_prefix(renderer) if journal_only else renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", stream)),
         cache_logger_on_first_use=False,
     )
+
+
+class _Tee:
+    """A processor that hands each event to the journal, and where that is enough to nobody else."""
+
+    def __init__(self, journal: EventSink, *, only: bool) -> None:
+        self._journal = journal
+        self._only = only
+
+    def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if self._journal.send(event) and self._only:
+            raise structlog.DropEvent
+        return event
+
+
+_PREFIXES = {"debug": "<7>", "info": "<6>", "warning": "<4>", "error": "<3>", "critical": "<2>"}
+
+
+def _with_prefix(renderer: structlog.typing.Processor) -> structlog.typing.Processor:
+    def render(logger: object, method: str, event: MutableMapping[str, Any]) -> str:
+        prefix = _PREFIXES.get(str(event.get("level")), "<6>")
+        text = str(renderer(logger, method, event))
+        return "\n".join(prefix + line for line in text.splitlines())
+
+    return render
 
 
 def conversion_event(record: ConversionRecord, machine: str) -> dict[str, object]:

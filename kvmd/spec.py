@@ -32,10 +32,22 @@ _PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
 _NOT_BUILT_YET = frozenset({"snp", "tdx"})
 _ACCELERATORS = frozenset({"auto", "kvm", "software"})
 _TRIPWIRES = frozenset({"auto", "attribute", "guest_memfd", "hole"})
-_SIZES = frozenset({"memory", "conversion.chunk"})
+_SIZES = frozenset({"memory", "conversion.chunk", "limits.memory"})
 _U64_LIMIT = 1 << 64
 _NO_PROGRESS_LIMIT = 1_000_000
 _RANGES_LIMIT = 1 << 24
+
+LEAST_LIMIT = 64 * MIB
+"""What ``limits.memory`` has to be, in bytes: about twice of what a machine's process takes before it has a guest."""
+
+OWN_TASKS = 16
+"""Threads that a machine's process may want beside its vCPUs'."""
+
+TASKS_LIMIT = VCPU_LIMIT + 256
+"""Threads that a machine's process may ever have: TasksMax= of systemd/kvmd-machine@.service."""
+
+_LEAST_CPUS = 0.01
+"""Below, a quota is less than the millisecond that the kernel schedules by (cgroup-v2, cpu.max)."""
 
 _KEYS = Keys(
     {
@@ -61,6 +73,10 @@ _KEYS = Keys(
         "conversion.no_progress_limit": f"a whole number from 1 to {_NO_PROGRESS_LIMIT}",
         "conversion.implicit": '"allow", "keep-explicit" or "deny"',
         "conversion.max_ranges": f"a whole number from 1 to {_RANGES_LIMIT}",
+        "limits": "a table: [limits], with keys of its own",
+        "limits.memory": 'a size from 64 MiB up in pages of 4 KiB, guest memory included, such as "512M"',
+        "limits.cpus": f"a number of processors from {_LEAST_CPUS} to {VCPU_LIMIT}, such as 1.5",
+        "limits.tasks": f"a whole number from {OWN_TASKS} more than vcpus to {TASKS_LIMIT}",
     }
 )
 """What would be right, by key: the second half of every message."""
@@ -117,6 +133,33 @@ class DiskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     direct: bool = False
 
 
+class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a machine's process may take of the host, enforced by the kernel (cgroup v2); None for no limit.
+
+    Attributes:
+        memory: bytes, in total: guest memory, and what kvmd needs for it. It is never swapped. A machine that wants
+            more is ended, with the reason ``out-of-memory``.
+        cpus: processors' time, in processors: 1.5 is one and a half.
+        tasks: threads: one a vCPU, and up to 16 of kvmd's own.
+    """
+
+    memory: int | None = None
+    cpus: float | None = None
+    tasks: int | None = None
+
+    def __post_init__(self) -> None:
+        memory, cpus, tasks = self.memory, self.cpus, self.tasks
+        whole = memory is None or (LEAST_LIMIT <= memory < _U64_LIMIT >> 1 and not memory & PAGE_MASK)
+        _KEYS.need("limits.memory", memory, whole)
+        _KEYS.need("limits.cpus", cpus, cpus is None or _LEAST_CPUS <= cpus <= VCPU_LIMIT)
+        _KEYS.need("limits.tasks", tasks, tasks is None or OWN_TASKS < tasks <= TASKS_LIMIT)
+
+    @property
+    def given(self) -> bool:
+        """Whether there are any."""
+        return self != LimitsSpec()
+
+
 class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A machine, complete and checked; what only the host can tell is checked when it is opened.
 
@@ -143,6 +186,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         cpl: the privilege level that payload guests start at.
         arguments: what the boot information passes to the guest, each an unsigned 64-bit number.
         conversion: bounds on conversions.
+        limits: what its process may take of the host.
 
     Raises:
         ConfigError: a value is impossible; the message names the key and what would be right.
@@ -166,6 +210,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     entropy: bool = True
     balloon: bool = False
     conversion: ConversionSpec = msgspec.field(default_factory=ConversionSpec)
+    limits: LimitsSpec = msgspec.field(default_factory=LimitsSpec)
 
     def __post_init__(self) -> None:
         if (self.image is None) == (self.kernel is None):
@@ -199,6 +244,8 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         _KEYS.need("cpl", self.cpl, self.cpl in {0, 3})
         _KEYS.need("arguments", list(self.arguments), len(self.arguments) <= ARGUMENT_LIMIT)
         _KEYS.need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))
+        tasks = self.limits.tasks
+        _KEYS.need("limits.tasks", tasks, tasks is None or tasks >= self.vcpus + OWN_TASKS)
 
     @property
     def files(self) -> tuple[tuple[str, Path], ...]:
@@ -272,9 +319,10 @@ def spec_of(document: Mapping[str, object], *, base: Path) -> MachineSpec:
         ConfigError: it describes no machine; one line with key and what would be right.
     """
     refuse_unknown(document, MachineSpec)
-    section = document.get("conversion", {})
-    if isinstance(section, Mapping):
-        refuse_unknown(section, ConversionSpec, "conversion.")
+    for name, kind in (("conversion", ConversionSpec), ("limits", LimitsSpec)):
+        section = document.get(name, {})
+        if isinstance(section, Mapping):
+            refuse_unknown(section, kind, f"{name}.")
     if document.get("name") == "":
         raise ConfigError(f"name: '' is not possible: expected {_KEYS['name']}")
 

@@ -16,7 +16,9 @@ import enum
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,7 @@ class Facility(enum.Enum):
     SOFTWARE = "KVMD_TEST_SOFTWARE"
     NETWORK = "KVMD_TEST_NETWORK"
     ACPI = "KVMD_TEST_ACPI"
+    SYSTEMD = "KVMD_TEST_SYSTEMD"
 
 
 class Gate(enum.Enum):
@@ -153,11 +156,26 @@ def missing_iasl() -> str | None:
     return None if shutil.which("iasl") else "there is no iasl: install acpica-tools"
 
 
-_MISSING = {
+@cache
+def missing_systemd() -> str | None:
+    """Return why no systemd can be booted in namespaces here, or None.
+
+    Only in the lab: whatever goes wrong there is gone with it.
+    """
+    if "virtme" not in Path("/proc/cmdline").read_text(encoding="utf-8"):
+        return "a systemd is booted in the lab only: lab/test tests/lab/test_systemd.py"
+    for program in ("/lib/systemd/systemd", "/usr/bin/dbus-daemon", "/usr/lib/polkit-1/polkitd"):
+        if not Path(program).exists():
+            return f"there is no {program}"
+    return None
+
+
+_MISSING: dict[Facility, Callable[[], str | None]] = {
     Facility.ACPI: missing_iasl,
     Facility.KVM: missing_kvm,
     Facility.PRIVATE_MEMORY: missing_private_memory,
     Facility.COMPILER: missing_compiler,
     Facility.SOFTWARE: missing_emulator,
     Facility.NETWORK: missing_network,
+    Facility.SYSTEMD: missing_systemd,
 }

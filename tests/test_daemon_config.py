@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmd.daemon_config import DaemonConfig, daemon_config_of, group_id, load_daemon_config
+from kvmd.daemon_config import DaemonConfig, daemon_config_of, group_id, load_daemon_config, need_restart
 from kvmd.errors import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "config" / "kvmd.toml"
@@ -16,7 +16,7 @@ def test_the_example_is_valid_and_shows_every_key() -> None:
     assert config.api.operators == "kvmd"
     assert config.images.folders == ("/var/lib/kvmd/images",)
     text = EXAMPLE.read_text(encoding="utf-8")
-    for table in (config.api, config.images):
+    for table in (config.api, config.images, config.machines, config.log):
         for key in table.__struct_fields__:
             assert f"\n{key} = " in text
 
@@ -25,6 +25,7 @@ def test_the_example_s_other_values_are_the_defaults() -> None:
     example, default = load_daemon_config(EXAMPLE), DaemonConfig()
     different = {key for key in default.api.__struct_fields__ if getattr(default.api, key) != getattr(example.api, key)}
     assert different == {"operators"}
+    assert (example.machines, example.log) == (default.machines, default.log)
 
 
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"apy": {}}, "unknown key apy (did you mean api?): the keys here are api, images"),
+        ({"apy": {}}, "unknown key apy (did you mean api?): the keys here are api, images, disks, networks, machines, log"),
         ({"api": {"sokket": "/s"}}, "unknown key api.sokket (did you mean socket?): "),
         ({"api": 1}, "api: 1 is not possible: expected a table: [api]"),
         ({"api": {"socket": "kvmd.sock"}}, "api.socket: 'kvmd.sock' is not possible: expected an absolute path"),
@@ -48,6 +49,12 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ({"api": {"connections": 8}}, "api.connections_per_user: 256 is not possible"),
         ({"api": {"connections": True}}, "api.connections: True is not possible"),
         ({"api": {"connections": 10**5000}}, "api.connections: a number of thousands of digits"),
+        ({"machines": {"units": "yes"}}, "machines.units: 'yes' is not possible: expected"),
+        ({"machines": {"waiting": -1}}, "machines.waiting: -1 is not possible"),
+        ({"machines": {"waiting": 1001}}, "machines.waiting: 1001 is not possible"),
+        ({"machines": {"socket": "s"}}, "machines.socket: 's' is not possible"),
+        ({"machines": {"socket": "/run/kvmd/kvmd.sock"}}, "machines.socket: '/run/kvmd/kvmd.sock' is not possible"),
+        ({"log": {"level": "loud"}}, "log.level: 'loud' is not possible"),
         ({"images": {"folders": "here"}}, "images.folders: 'here' is not possible: expected a list"),
         ({"images": {"folders": ["here"]}}, "images.folders: 'here' is not possible"),
         ({"images": {"folders": [1]}}, "images.folders: [1] is not possible"),
@@ -89,3 +96,17 @@ def test_groups_are_looked_up() -> None:
     for name in ("no-such-group-at-all", "a\0b"):
         with pytest.raises(ConfigError, match=r"api\.operators: there is no group"):
             group_id("api.operators", name)
+
+
+def test_what_a_running_daemon_does_not_take_over_is_named() -> None:
+    old = DaemonConfig()
+    new = daemon_config_of(
+        {
+            "api": {"socket": "/s", "operators": "root", "connections": 300, "drain_seconds": 1},
+            "machines": {"units": "never", "waiting": 7},
+            "log": {"level": "debug"},
+            "images": {"folders": ["/images"]},
+        }
+    )
+    assert need_restart(old, new) == ["api.socket", "api.operators", "machines.units"]
+    assert need_restart(new, new) == []

@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("exits", ("kvmd.exit_handler",)),
     ("conversion service", ("kvmd.conversion_service",)),
     ("conversion log", ("kvmd.conversion_log",)),
-    ("output", ("kvmd.console_pump", "kvmd.log", "kvmd.service_manager")),
+    ("output", ("kvmd.console_pump", "kvmd.log", "kvmd.journal", "kvmd.service_manager")),
     ("buffers", ("kvmd.nonblocking", "kvmd.log_buffer")),
     ("run gate", ("kvmd.run_gate",)),
     ("request channel", ("kvmd.request_channel",)),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kvmd.errors import ConfigError
 from kvmd.guests import GUESTS
-from kvmd.spec import ConversionSpec, MachineSpec, load_spec, resolve_image, spec_of
+from kvmd.spec import ConversionSpec, LimitsSpec, MachineSpec, load_spec, resolve_image, spec_of
 from kvmd.units import MIB
 
 HERE = Path("/etc/kvmd")
@@ -147,6 +147,18 @@ def test_the_name_is_made_of_the_image(image: str, name: str) -> None:
         ({"conversion": {"chunk": "x"}}, ["conversion.chunk: 'x' is not a size"]),
         ({"conversion": {"no_progress_limit": 0}}, ["conversion.no_progress_limit: 0", "from 1"]),
         ({"conversion": {"max_ranges": "many"}}, ["conversion.max_ranges: 'many'", "16777216"]),
+        ({"limits": 3}, ["limits: 3", "[limits]"]),
+        ({"limits": {"cpu": 1}}, ["unknown key limits.cpu (did you mean cpus?)", "memory, cpus, tasks"]),
+        ({"limits": {"memory": "63M"}}, ["limits.memory: 66060288", "from 64 MiB", "guest memory included"]),
+        ({"limits": {"memory": 64 * MIB + 1}}, ["limits.memory: 67108865", "pages of 4 KiB"]),
+        ({"limits": {"memory": 1 << 63}}, ["limits.memory: "]),
+        ({"limits": {"memory": "much"}}, ["limits.memory: 'much' is not a size"]),
+        ({"limits": {"cpus": 0}}, ["limits.cpus: 0", "0.01"]),
+        ({"limits": {"cpus": float("nan")}}, ["limits.cpus: nan"]),
+        ({"limits": {"cpus": "2"}}, ["limits.cpus: '2'", "such as 1.5"]),
+        ({"limits": {"tasks": 16}}, ["limits.tasks: 16", "16 more than vcpus"]),
+        ({"limits": {"tasks": 19}, "vcpus": 4}, ["limits.tasks: 19", "16 more than vcpus"]),
+        ({"limits": {"tasks": 5000}}, ["limits.tasks: 5000", "4352"]),
     ],
 )
 def test_what_is_wrong_is_said_with_the_key_and_what_would_be_right(
@@ -225,7 +237,16 @@ scalars = st.one_of(
 )
 keys = st.one_of(
     st.sampled_from(
-        [*MachineSpec.__struct_fields__, *ConversionSpec.__struct_fields__, "", "a.b", "`$", "[0]", " - at"]
+        [
+            *MachineSpec.__struct_fields__,
+            *ConversionSpec.__struct_fields__,
+            *LimitsSpec.__struct_fields__,
+            "",
+            "a.b",
+            "`$",
+            "[0]",
+            " - at",
+        ]
     ),
     st.text(),
 )
@@ -288,3 +309,16 @@ def test_what_is_wrong_with_a_linux_machine_is_said_likewise(document: dict[str,
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_limits_are_given_or_not() -> None:
+    spec = spec_of({"image": "a.elf", "limits": {"memory": "512M", "cpus": 1.5, "tasks": 17}}, base=HERE)
+    assert spec.limits == LimitsSpec(memory=512 * MIB, cpus=1.5, tasks=17)
+    assert spec.limits.given
+    assert not spec_of({"image": "a.elf", "limits": {}}, base=HERE).limits.given
+    assert not MachineSpec(image=HERE / "a.elf").limits.given
+
+
+def test_every_limit_is_shown_in_the_example() -> None:
+    limits = load_spec(Path(__file__).parent.parent / "config" / "limits.toml").limits
+    assert None not in (limits.memory, limits.cpus, limits.tasks)

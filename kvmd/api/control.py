@@ -48,21 +48,22 @@ class ControlApi:
         self._operators = group_id("api.operators", config.api.operators)
         self._viewers = group_id("api.viewers", config.api.viewers)
         rules = AccessRules(own_uid=os.geteuid(), operators=self._operators, viewers=self._viewers)
+        self._image_folders = [Path(folder) for folder in config.images.folders]
         services = Services(
             fleet=fleet,
             host=HostFacts.model_validate(host),
-            image_folders=[Path(folder) for folder in config.images.folders],
+            image_folders=self._image_folders,
             disk_folders=[Path(folder) for folder in config.disks.folders],
             bridges=config.networks.bridges,
             namespaces=config.networks.namespaces,
             figures=self._figures,
         )
-        limits = Limits(
-            connections=config.api.connections,
-            connections_per_user=config.api.connections_per_user,
-            drain_seconds=config.api.drain_seconds,
-        )
-        self._server = Server(make_app(services, rules), limits=limits, log=log)
+        self._server = Server(make_app(services, rules), limits=_limits(config), log=log)
+
+    def reconfigure(self, config: DaemonConfig) -> None:
+        """Take over what a running API can: bounds on connections, the drain deadline, and folders of images."""
+        self._image_folders[:] = map(Path, config.images.folders)
+        self._server.set_limits(_limits(config))
 
     async def serve(
         self,
@@ -113,3 +114,11 @@ class ControlApi:
     def _figures(self) -> ServerFigures:
         server = self._server
         return ServerFigures(server.open_connections, server.accepted, server.refused)
+
+
+def _limits(config: DaemonConfig) -> Limits:
+    return Limits(
+        connections=config.api.connections,
+        connections_per_user=config.api.connections_per_user,
+        drain_seconds=config.api.drain_seconds,
+    )

@@ -82,6 +82,7 @@ def _spec(spec: MachineSpec) -> dict[str, object]:
         "networks": [network.bridge or network.kind for network in spec.networks],
         "entropy": spec.kernel is not None and spec.entropy,
         "balloon": spec.balloon,
+        "limits": {"memory": spec.limits.memory, "cpus": spec.limits.cpus, "tasks": spec.limits.tasks},
     }
 
 

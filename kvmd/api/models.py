@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import MachineState
 from kvmd.network.spec import ADDRESSES_LIMIT, MTU_LEAST, MTU_MOST, NETWORKS_LIMIT
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, VCPU_LIMIT
+from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, TASKS_LIMIT, VCPU_LIMIT
 
 NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
 """The names that ``kvmd.spec`` allows."""
@@ -73,6 +73,18 @@ class NetworkRequest(Request):
     isolated: bool | None = None
 
 
+class LimitsRequest(Request):
+    """What the machine's process may take of the host; see config/limits.toml."""
+
+    memory: Size | None = Field(default=None, description="in total, guest memory included; at least 64M")
+    cpus: Annotated[float, Field(gt=0, le=VCPU_LIMIT)] | None = Field(
+        default=None, description="processors, such as 1.5"
+    )
+    tasks: Annotated[int, Field(ge=1, le=TASKS_LIMIT)] | None = Field(
+        default=None, description="threads; at least 16 more than vCPUs"
+    )
+
+
 class MachineRequest(Request):
     """A machine to create: what the TOML file of `kvmd run` says."""
 
@@ -102,6 +114,7 @@ class MachineRequest(Request):
     cpl: Literal[0, 3] | None = None
     arguments: Annotated[list[U64], Field(max_length=ARGUMENT_LIMIT)] | None = None
     conversion: ConversionRequest | None = None
+    limits: LimitsRequest | None = None
 
     def document(self) -> dict[str, object]:
         """Return it as ``kvmd.spec.spec_of`` wants it."""
@@ -115,6 +128,14 @@ class ConversionBounds(Answer):
     no_progress_limit: int
     max_ranges: int
     implicit: str
+
+
+class Limits(Answer):
+    """What the machine's process may take of the host; null for no limit."""
+
+    memory: int | None = Field(description="bytes, guest memory included")
+    cpus: float | None
+    tasks: int | None
 
 
 class Spec(Answer):
@@ -136,12 +157,13 @@ class Spec(Answer):
     networks: list[str]
     entropy: bool
     balloon: bool
+    limits: Limits
 
 
 class End(Answer):
     """How a machine ended."""
 
-    reason: str = Field(examples=["guest-exit", "process-died"])
+    reason: str = Field(examples=["guest-exit", "process-died", "out-of-memory"])
     message: str
     status: int = Field(description="exit status, 0 to 255")
     signal: int | None = Field(description="that ended the process")

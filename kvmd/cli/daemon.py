@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import click
 import structlog
 import trio
+from click.core import ParameterSource
 
 from kvmd import log
 from kvmd.api.control import ControlApi
 from kvmd.cli.check import host_facts
+from kvmd.cli.reload import Reloader
 from kvmd.console_pump import OutputPump
-from kvmd.daemon_config import DaemonConfig, load_daemon_config
+from kvmd.daemon_config import DaemonConfig, MachinesConfig, load_daemon_config
 from kvmd.errors import ConfigError
 from kvmd.fleet.daemon import run_daemon
 from kvmd.fleet.local import LocalFleet
+from kvmd.fleet.unit_pool import UnitPool
+from kvmd.fleet.units import SystemdUnits
+from kvmd.journal import Journal, is_stderr
 from kvmd.log_buffer import LogBuffer
+from kvmd.machine_process.cgroup import cgroup_of
 from kvmd.nonblocking import NonBlockingWriter, write_within
 from kvmd.options import log_options
 from kvmd.service_manager import ServiceManager
@@ -28,6 +36,9 @@ from kvmd.stop import ExitStatus
 
 CONFIG_FILE = Path("/etc/kvmd/kvmd.toml")
 """Read where it is there and ``--config`` names no other."""
+
+SLICE = "kvmd.slice"
+"""A daemon that is in it was started with the units of systemd/, those of machines among them."""
 
 _LAST_WORDS_SECONDS = 1.0
 
@@ -58,7 +69,10 @@ Exit status: 0 after SIGTERM or SIGINT, or
 )
 @click.option("--stop-machines", is_flag=True, help="Stop all machines at the end; they go on otherwise.")
 @log_options
+@click.pass_context
 def daemon(
+    context: click.Context,
+    /,
     *,
     config: Path | None,
     state: Path,
@@ -71,29 +85,61 @@ def daemon(
     if config is None and CONFIG_FILE.exists():
         config = CONFIG_FILE
     settings = DaemonConfig() if config is None else load_daemon_config(config)
+    level_given = context.get_parameter_source("log_level") is not ParameterSource.DEFAULT
     with ExitStack() as stack:
         buffer = LogBuffer(is_terminal=sys.stderr.isatty())
         stack.callback(lambda: write_within(2, buffer.take(), _LAST_WORDS_SECONDS))
-        log.configure(
-            log_format=log_format or ("console" if buffer.isatty() else "json"), stream=buffer, level=log_level
+        in_journal = log_format is None and is_stderr(os.environ)
+        configure_log = partial(
+            log.configure,
+            log_format=log_format or ("console" if buffer.isatty() else "json"),
+            stream=buffer,
+            journal=stack.enter_context(Journal()) if in_journal else None,
+            journal_only=in_journal,
         )
+        configure_log(level=log_level if level_given else settings.log.level)
         stderr = stack.enter_context(NonBlockingWriter.of_fd(2))
         manager = ServiceManager.of_this_process()
         stack.callback(manager.close)
+        pool = _pool(settings.machines)
         serving = _Serving(settings, manager)
+
+        def apply(changed: DaemonConfig) -> None:
+            if not level_given:
+                configure_log(level=changed.log.level)
+            if pool is not None:
+                pool.set_spare(changed.machines.waiting)
+
+        reloader = Reloader(config, settings, manager, (apply, serving.reconfigure))
         folder = state.absolute()
 
         async def run() -> None:
             pump = OutputPump(buffer, stderr, lambda _: None)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pump.run)
-                try:
-                    await run_daemon(folder, serving.serve, drain_seconds=drain_seconds, stop_machines=stop_machines)
-                finally:
-                    pump.end()
+                async with trio.open_nursery() as around:
+                    # First of all: a SIGHUP that nobody waits for ends the process.
+                    await around.start(reloader.run)
+                    try:
+                        await run_daemon(
+                            folder,
+                            serving.serve,
+                            drain_seconds=drain_seconds,
+                            stop_machines=stop_machines,
+                            pool=pool,
+                        )
+                    finally:
+                        pump.end()
+                    around.cancel_scope.cancel()
 
         trio.run(run)
     return 0
+
+
+def _pool(machines: MachinesConfig) -> UnitPool | None:
+    """Return what starts machines in units of their own, or None where the daemon is to start them itself."""
+    own = machines.units == "always" or (machines.units == "auto" and SLICE in cgroup_of().parts)
+    return UnitPool(SystemdUnits(), Path(machines.socket), machines.waiting) if own else None
 
 
 class _Serving:
@@ -103,10 +149,17 @@ class _Serving:
         self._config = config
         self._manager = manager
         self._log = structlog.get_logger("kvmd.daemon")
+        self._api: ControlApi | None = None
+
+    def reconfigure(self, config: DaemonConfig) -> None:
+        """Take over what can change while it serves."""
+        self._config = config
+        if self._api is not None:
+            self._api.reconfigure(config)
 
     async def serve(self, fleet: LocalFleet, ending: trio.Event) -> None:
         """Serve until the event is set, and drain."""
-        api = ControlApi(self._config, fleet, host_facts(), self._log)
+        api = self._api = ControlApi(self._config, fleet, host_facts(), self._log)
         given = [_listener(name, fd) for name, fd in self._manager.listened.items()]
         async with trio.open_nursery() as nursery:
             await nursery.start(self._until_drained, api, given, nursery.cancel_scope)

@@ -62,6 +62,11 @@ def run(
     override the file.
     """
     spec = spec_from(target, overrides)
+    if spec.limits.given:
+        raise ConfigError(
+            "limits: nothing would enforce them on a guest in the foreground: leave [limits] out and start kvmd with "
+            "`systemd-run --scope -p MemoryMax=...`, or run it as the daemon's (kvmctl run)"
+        )
     with ExitStack() as stack:
         buffer = LogBuffer(is_terminal=sys.stderr.isatty())
         # Whatever happens, what was logged last is what matters most.

@@ -138,6 +138,9 @@ def _loaded(path: Path) -> dict[str, object]:
         conversion = document.get("conversion")
         if isinstance(conversion, dict):
             _sizes_in_bytes(conversion, "chunk")
+        limits = document.get("limits")
+        if isinstance(limits, dict):
+            _sizes_in_bytes(limits, "memory")
         # Dates, and numbers that are none, have no place in JSON.
         json.dumps(document, allow_nan=False)
     except (ValueError, TypeError) as error:

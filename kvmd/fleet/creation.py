@@ -14,8 +14,8 @@ import trio
 from kvmd.errors import ConfigError, HostError, ImageError, KvmdError, MachineExists
 from kvmd.fleet.base import MachineInfo
 from kvmd.fleet.entry import Entry
+from kvmd.fleet.parent import Parent
 from kvmd.fleet.recovery import open_pidfd
-from kvmd.fleet.spawner_link import SpawnerLink
 from kvmd.fleet.state_folder import StateFolder
 from kvmd.machine_process.folder import MACHINE, PROCESS, MachineFile, MachineFolder, ProcessFile, listen_in
 from kvmd.machine_process.spawning import Birth
@@ -32,12 +32,12 @@ class Creator:
 
     Args:
         state: the folder.
-        link: to the spawner.
+        parent: starts their processes.
     """
 
-    def __init__(self, state: StateFolder, link: SpawnerLink) -> None:
+    def __init__(self, state: StateFolder, parent: Parent) -> None:
         self._state = state
-        self._link = link
+        self._parent = parent
         self._last_created_ns = 0
 
     async def create(self, spec: MachineSpec, *, owner_uid: int, files: Sequence[int]) -> Entry:
@@ -47,6 +47,7 @@ class Creator:
             MachineExists: there is a folder of that name.
             KvmdError: it cannot be made; nothing is left behind, nor is where this is cancelled.
         """
+        self._parent.check(spec)
         # A machine is told from a later one of its name by this: see kvmd.fleet.places.
         created_ns = self._last_created_ns = max(time.time_ns(), self._last_created_ns + 1)
         try:
@@ -87,14 +88,21 @@ class Creator:
                 # and only when, there is no process that will ever answer.
                 listening = handed_over.enter_context(listen_in(folder))
                 fds = [folder.fd, listening.fileno(), its, *files]
-                await self._link.spawn(fds)
-            data = bytearray()
-            while True:
-                await trio.lowlevel.wait_readable(ours)
-                more = os.read(ours, _READ_BYTES)
-                if not more:
-                    break
-                data += more
+                unit = await self._parent.spawn(fds, about.spec)
+            with ExitStack() as failed:
+                failed.callback(self._parent.release, unit)
+                born = await self._first_words(ours)
+                failed.pop_all()
+            return born
+
+    async def _first_words(self, ours: int) -> tuple[Birth, int]:
+        data = bytearray()
+        while True:
+            await trio.lowlevel.wait_readable(ours)
+            more = os.read(ours, _READ_BYTES)
+            if not more:
+                break
+            data += more
         if not data:
             raise HostError("the machine's process ended before it was a machine")
         birth = msgspec.msgpack.decode(data, type=Birth)

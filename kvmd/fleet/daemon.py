@@ -14,6 +14,7 @@ import trio
 from kvmd.errors import HostError
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.spawner_link import SPAWNER
+from kvmd.fleet.unit_pool import UnitPool
 from kvmd.network.left_behind import remove_left_behind
 
 Serve = Callable[[LocalFleet, trio.Event], Awaitable[None]]
@@ -29,6 +30,7 @@ async def run_daemon(
     drain_seconds: float,
     stop_machines: bool,
     spawner: Sequence[str] = SPAWNER,
+    pool: UnitPool | None = None,
 ) -> None:
     """Run until SIGTERM or SIGINT.
 
@@ -37,7 +39,8 @@ async def run_daemon(
         serve: see ``Serve``; when it returns by itself, the daemon ends too.
         drain_seconds: how long clients, and after them machines that are stopped, have to come to an end.
         stop_machines: stop all machines at the end, instead of leaving them for the next daemon.
-        spawner: the command of the machines' parent.
+        spawner: the command of the machines' parent, where there is no ``pool``.
+        pool: starts machines in systemd units of their own.
 
     Raises:
         HostError: the state folder cannot be used, or another daemon uses it.
@@ -46,7 +49,7 @@ async def run_daemon(
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     await _remove_left_behind()
-    async with open_fleet(state, spawner=spawner) as fleet:
+    async with open_fleet(state, spawner=spawner, pool=pool) as fleet:
         _log.info("daemon-started", state=str(state), machines=len(fleet.machines()))
         ending = trio.Event()
         with trio.CancelScope() as serving:

@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from kvmd.errors import MachineExists, MachineSilent, MachineStateError, UnknownMachine
+from kvmd.errors import HostError, MachineExists, MachineSilent, MachineStateError, UnknownMachine
 from kvmd.fleet import looking
 from kvmd.fleet.all_events import AllEvents, Newcomers
 from kvmd.fleet.asking import ALIVE, ask
@@ -19,11 +19,14 @@ from kvmd.fleet.creation import Creator
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.following import MachineConsole, OutputFollower
 from kvmd.fleet.machine_events import MachineEvents
+from kvmd.fleet.parent import Parent
 from kvmd.fleet.places import never_an_id, parse_place, parse_places
-from kvmd.fleet.recovery import conclude, recover
+from kvmd.fleet.recovery import conclude, process_of, recover
 from kvmd.fleet.spawner_link import SPAWNER, SpawnerLink
 from kvmd.fleet.state_folder import StateFolder
 from kvmd.fleet.streams import PlacedStream
+from kvmd.fleet.unit_pool import UnitPool
+from kvmd.fleet.units import SystemdUnits, Units
 from kvmd.machine_process.folder import (
     CONSOLE,
     END,
@@ -32,6 +35,7 @@ from kvmd.machine_process.folder import (
     BadFile,
     EndFile,
     ExitFile,
+    ProcessFile,
 )
 from kvmd.machine_process.lifecycle import Change
 from kvmd.machine_process.messages import (
@@ -45,7 +49,7 @@ from kvmd.machine_process.messages import (
 from kvmd.machine_process.spawning import Reaped
 from kvmd.spec import MachineSpec
 
-_LAST_WORDS_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 5.0
 """How long the parent of a process may take to say how it ended."""
 
 _LOOK_SECONDS = 0.02
@@ -54,12 +58,16 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
 
 
 @asynccontextmanager
-async def open_fleet(path: Path, *, spawner: Sequence[str] = SPAWNER) -> AsyncIterator[LocalFleet]:
+async def open_fleet(
+    path: Path, *, spawner: Sequence[str] = SPAWNER, pool: UnitPool | None = None, units: Units | None = None
+) -> AsyncIterator[LocalFleet]:
     """Take over the machines of a state folder, until the block ends; they go on without it.
 
     Args:
         path: the state folder, which is made where it is missing.
-        spawner: the command of the machines' parent.
+        spawner: the command of the machines' parent, where there is no ``pool``.
+        pool: starts machines in units of their own.
+        units: asked about machines that are in units, whoever starts new ones; by default systemd's.
 
     Raises:
         HostError: the folder cannot be used, or another daemon uses it.
@@ -71,7 +79,7 @@ async def open_fleet(path: Path, *, spawner: Sequence[str] = SPAWNER) -> AsyncIt
         try:
             async with trio.open_nursery() as nursery:
                 try:
-                    fleet = LocalFleet(state, nursery, spawner, entries)
+                    fleet = LocalFleet(state, nursery, spawner, entries, pool, units or SystemdUnits())
                     await fleet.take_over()
                     yield fleet
                 finally:
@@ -86,12 +94,19 @@ class LocalFleet:
     """All machines of a state folder: ``kvmd.fleet.base.Fleet``. Made by ``open_fleet``."""
 
     def __init__(
-        self, state: StateFolder, nursery: trio.Nursery, spawner: Sequence[str], entries: dict[str, Entry]
+        self,
+        state: StateFolder,
+        nursery: trio.Nursery,
+        spawner: Sequence[str],
+        entries: dict[str, Entry],
+        pool: UnitPool | None,
+        units: Units,
     ) -> None:
         self._state = state
         self._nursery = nursery
-        self._link = SpawnerLink(spawner, self._note_reaped)
-        self._creator = Creator(state, self._link)
+        self._parent: Parent = SpawnerLink(spawner, self._note_reaped) if pool is None else pool
+        self._units = units
+        self._creator = Creator(state, self._parent)
         self._entries = entries
         self._reserved: set[str] = set()
         self._reaped: dict[int, Reaped] = {}
@@ -99,9 +114,14 @@ class LocalFleet:
 
     async def take_over(self) -> None:
         """Find the machines that are there, and be ready for new ones."""
-        await self._nursery.start(self._link.run)
-        for entry in await recover(self._state):
+        found = await recover(self._state, self._units)
+        for entry in found:
+            self._parent.adopt(process_of(entry.folder).unit)
+        await self._nursery.start(self._parent.run)
+        for entry in found:
             self._add(entry)
+            if entry.ended:
+                self._parent.release(process_of(entry.folder).unit)
 
     # -- all machines
 
@@ -292,6 +312,7 @@ class LocalFleet:
         pid = entry.info.pid
         exit_ = None if entry.killed else await self._how_it_ended(entry)
         conclude(entry, exit_)
+        self._parent.release(process_of(entry.folder).unit)
         if pid is not None:
             self._reaped.pop(pid, None)
         end = entry.info.end
@@ -303,6 +324,7 @@ class LocalFleet:
     async def _how_it_ended(self, entry: Entry) -> ExitFile | None:
         """Return how the process ended, where it has not written that down itself."""
         pid = entry.info.pid
+        process = process_of(entry.folder)
         with trio.move_on_after(_LAST_WORDS_SECONDS):
             while True:
                 try:
@@ -316,9 +338,18 @@ class LocalFleet:
                 if pid in self._reaped:
                     reaped = self._reaped[pid]
                     return ExitFile(pid, reaped.status, reaped.signal, time.time_ns())
+                if process.unit and (told := await self._asked(process)) is not None:
+                    return told
                 # Its parent may be the spawner of an earlier daemon, which tells nobody but the folder.
                 await trio.sleep(_LOOK_SECONDS)
         return None
+
+    async def _asked(self, process: ProcessFile) -> ExitFile | None:
+        try:
+            return await self._units.end_of(process.unit, process.invocation)
+        except HostError as error:
+            _log.error("unit-not-asked", unit=process.unit, problem=str(error))
+            return None
 
     def _note_reaped(self, reaped: Reaped) -> None:
         if any(entry.info.pid == reaped.pid for entry in self._entries.values()):

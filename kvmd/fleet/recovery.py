@@ -15,6 +15,7 @@ from kvmd.errors import KvmdError
 from kvmd.fleet.base import MachineEnd, MachineInfo, MachineState
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.state_folder import StateFolder
+from kvmd.fleet.units import Units
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import (
     END,
@@ -34,11 +35,20 @@ from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.messages import AskInfo, Greeting, Info
 from kvmd.machine_process.steps import Steps, read_steps
 from kvmd.stop import ExitStatus, StopReason
+from kvmd.units import format_size
 
 ANSWER_SECONDS = 5.0
 """How long a machine may take to answer a new daemon."""
 
 PROCESS_DIED = "process-died"
+OUT_OF_MEMORY = "out-of-memory"
+"""The kernel ended the process, since it or the host was out of memory."""
+
+_RESULTS = {
+    "oom-kill": (OUT_OF_MEMORY, "the kernel ended its process for want of memory"),
+    "watchdog": (PROCESS_DIED, "its process was ended by systemd, since its event loop stood still"),
+}
+"""What systemd says of ends that a signal alone does not tell (systemd.exec(5), SERVICE_RESULT)."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 _STATES: tuple[MachineState, ...] = ("created", "running", "paused", "stopped")
@@ -47,16 +57,20 @@ _SIGNALLED = 128
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
 
 
-async def recover(state: StateFolder) -> list[Entry]:
+async def recover(state: StateFolder, units: Units) -> list[Entry]:
     """Return what the state folder knows: entries of processes that live, and of machines that have ended.
 
     Whatever else is in the folder is named in the log; nothing in it makes this fail.
+
+    Args:
+        state: the folder.
+        units: asked how the processes ended that were in one.
     """
     found: list[Entry] = []
 
     async def recover_one(path: Path) -> None:
         try:
-            entry = await _recover(state, path)
+            entry = await _recover(state, path, units)
         except (KvmdError, OSError) as error:
             _log.error("machine-not-recovered", machine=path.name, problem=str(error))
         else:
@@ -69,14 +83,14 @@ async def recover(state: StateFolder) -> list[Entry]:
     return found
 
 
-async def _recover(state: StateFolder, path: Path) -> Entry | None:
+async def _recover(state: StateFolder, path: Path, units: Units) -> Entry | None:
     try:
         folder = _open_folder(path)
     except NotADirectoryError:
         _log.warning("stranger-in-state-folder", path=str(path), consequence="left alone")
         return None
     try:
-        entry = await _recover_folder(folder, path.name)
+        entry = await _recover_folder(folder, path.name, units)
     except BaseException:
         folder.close()
         raise
@@ -94,7 +108,7 @@ def _open_folder(path: Path) -> MachineFolder:
     return MachineFolder.open(path)
 
 
-async def _recover_folder(folder: MachineFolder, name: str) -> Entry | None:
+async def _recover_folder(folder: MachineFolder, name: str, units: Units) -> Entry | None:
     """Return the entry of a folder, or None where it is no machine's."""
     about: MachineFile | None = None
     try:
@@ -130,10 +144,10 @@ async def _recover_folder(folder: MachineFolder, name: str) -> Entry | None:
     )
     if pidfd is None:
         entry = Entry(machine, folder, -1)
-        conclude(entry)
+        conclude(entry, await _unit_exit(folder, units))
         _log.info("machine-had-ended", machine=name, reason=entry.info.end.reason if entry.info.end else "")
         return entry
-    pid = greeting.pid if greeting is not None else _process(folder).pid
+    pid = greeting.pid if greeting is not None else process_of(folder).pid
     # One that does not answer may do anything: "running" lets the operator stop and kill it.
     state = next((known for known in _STATES if info is not None and info.state == known), "running")
     entry = Entry(msgspec.structs.replace(machine, state=state, pid=pid), folder, pidfd)
@@ -157,7 +171,7 @@ def conclude(entry: Entry, exit_: ExitFile | None = None) -> None:
     except BadFile as error:
         _log.error("machine-file-unusable", machine=name, problem=str(error))
     if end is None:
-        end = _violent_end(exit_, killed=entry.killed)
+        end = _violent_end(exit_, entry)
         _write_violent_end(folder, name, end)
     try:
         steps = read_steps(folder.fd)
@@ -174,18 +188,23 @@ def conclude(entry: Entry, exit_: ExitFile | None = None) -> None:
     )
 
 
-def _violent_end(exit_: ExitFile | None, *, killed: bool) -> EndFile:
+def _violent_end(exit_: ExitFile | None, entry: Entry) -> EndFile:
     wall_ns = time.time_ns() if exit_ is None else exit_.wall_ns
-    number = None if exit_ is None else exit_.signal
-    if killed:
+    if entry.killed:
         return EndFile(StopReason.KILLED.value, "killed by the operator", ExitStatus.KILLED, 9, wall_ns)
+    if exit_ is None or (exit_.signal is None and exit_.status is None):
+        gone = "its process is gone, and nobody saw how it ended"
+        return EndFile(PROCESS_DIED, gone, ExitStatus.INTERNAL, None, wall_ns)
+    number, status = exit_.signal, exit_.status
     if number is not None:
-        message = f"its process was ended by signal {number}"
-        return EndFile(PROCESS_DIED, message, _SIGNALLED + number, number, wall_ns)
-    if exit_ is not None and exit_.status is not None:
-        message = f"its process ended with status {exit_.status}, without a word"
-        return EndFile(PROCESS_DIED, message, exit_.status, None, wall_ns)
-    return EndFile(PROCESS_DIED, "its process is gone, and nobody saw how it ended", ExitStatus.INTERNAL, None, wall_ns)
+        reason, message = PROCESS_DIED, f"its process was ended by signal {number}"
+    else:
+        reason, message = PROCESS_DIED, f"its process ended with status {status}, without a word"
+    reason, message = _RESULTS.get(exit_.result, (reason, message))
+    if reason == OUT_OF_MEMORY:
+        most = entry.info.spec.limits.memory
+        message += f": limits.memory is {format_size(most)}" if most is not None else ": the host's, it has no limit"
+    return EndFile(reason, message, _SIGNALLED + number if number is not None else status or 0, number, wall_ns)
 
 
 def _write_violent_end(folder: MachineFolder, name: str, end: EndFile) -> None:
@@ -223,7 +242,21 @@ async def _ask(folder: MachineFolder, name: str) -> tuple[Greeting | None, Info 
     return greeting, None
 
 
-def _process(folder: MachineFolder) -> ProcessFile:
+async def _unit_exit(folder: MachineFolder, units: Units) -> ExitFile | None:
+    """Return how a process ended that was in a unit, where nobody has written that down yet."""
+    process = process_of(folder)
+    if not process.unit or process.boot_id != boot_id():
+        return None
+    try:
+        if folder.read(END, EndFile) is None and folder.read(EXIT, ExitFile) is None:
+            return await units.end_of(process.unit, process.invocation)
+    except KvmdError as error:
+        _log.warning("unit-not-asked", unit=process.unit, problem=str(error))
+    return None
+
+
+def process_of(folder: MachineFolder) -> ProcessFile:
+    """Return which process a machine is, or was; one of number 0 where its folder does not say."""
     try:
         found = folder.read(PROCESS, ProcessFile)
     except BadFile:
@@ -235,7 +268,7 @@ def _pidfd(folder: MachineFolder, greeting: Greeting | None) -> int | None:
     """Return a descriptor of the machine's process, or None where it is gone."""
     if greeting is not None:
         return open_pidfd(greeting.pid, greeting.start_ticks)
-    process = _process(folder)
+    process = process_of(folder)
     if process.pid <= 0 or process.boot_id != boot_id():
         return None
     return open_pidfd(process.pid, process.start_ticks)

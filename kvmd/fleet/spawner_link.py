@@ -12,8 +12,9 @@ import msgspec
 import structlog
 import trio
 
-from kvmd.errors import HostError
+from kvmd.errors import ConfigError, HostError
 from kvmd.machine_process.spawning import PACKET_LIMIT, Reaped, Spawn, Spawned
+from kvmd.spec import MachineSpec
 
 SPAWNER = (sys.executable, "-P", "-m", "kvmd.machine_process.spawner")
 """The command that starts one: it takes its socket's descriptor as one more argument."""
@@ -22,7 +23,7 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
 
 
 class SpawnerLink:
-    """Keeps a spawner at hand; starts another where it was killed.
+    """Keeps a spawner at hand; starts another where it was killed: ``kvmd.fleet.parent.Parent``.
 
     Args:
         command: what starts one.
@@ -50,8 +51,26 @@ class SpawnerLink:
                 self._nursery = None
                 self._hang_up()
 
-    async def spawn(self, fds: Sequence[int]) -> int:
-        """Return the pid of a new process that inherits ``fds``, as ``kvmd.machine_process.process.Inheritance`` says.
+    def check(self, spec: MachineSpec) -> None:
+        """Refuse limits: a fork is in the cgroup of its parent.
+
+        Raises:
+            ConfigError: the spec has some.
+        """
+        if spec.limits.given:
+            raise ConfigError(
+                "limits: nothing would enforce them here, since this daemon starts machines itself: run it as "
+                "systemd's kvmd.service, which starts each in a unit of its own (docs/daemon.md), or leave [limits] out"
+            )
+
+    def adopt(self, unit: str) -> None:
+        """Do nothing: no unit is used here."""
+
+    def release(self, unit: str) -> None:
+        """Do nothing: see ``adopt``."""
+
+    async def spawn(self, fds: Sequence[int], spec: MachineSpec) -> str:  # noqa: ARG002 - has no limits: see check
+        """Fork a process that becomes a machine: ``kvmd.fleet.parent.Parent.spawn``.
 
         Raises:
             HostError: there is none.
@@ -74,7 +93,7 @@ class SpawnerLink:
         if asked.answer is None or asked.answer.problem:
             problem = "the spawner ended" if asked.answer is None else asked.answer.problem
             raise HostError(f"cannot start a process for the machine: {problem}")
-        return asked.answer.pid
+        return ""
 
     def _open(self) -> trio.socket.SocketType:
         if self._nursery is None:

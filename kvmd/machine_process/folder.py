@@ -14,7 +14,7 @@ file                 what                                                       
 ``conversions.last`` ``LastConversions``                                                 the process, at its end
 ``end.json``         ``EndFile``: how it ended                                           the process, last of all; at
                                                                                          a violent end the fleet
-``exit.json``        ``ExitFile``: how the process ended, where it did not say so        its parent
+``exit.json``        ``ExitFile``: how the process ended, where it did not say so        its parent: the spawner
 ===================  ==================================================================  ==========================
 
 Files ending in ``.json`` and ``.last`` are written aside and renamed: they are whole or not there. The folder is used
@@ -76,11 +76,15 @@ class ProcessFile(msgspec.Struct, frozen=True):
         pid: its number.
         start_ticks: field 22 of its /proc/pid/stat.
         boot_id: of the boot that both belong to: /proc/sys/kernel/random/boot_id.
+        unit: the systemd unit that it is the main process of, or "".
+        invocation: which of the unit's starts it is (systemd.exec(5), INVOCATION_ID).
     """
 
     pid: int
     start_ticks: int
     boot_id: str
+    unit: str = ""
+    invocation: str = ""
 
 
 class EndFile(msgspec.Struct, frozen=True):
@@ -97,12 +101,16 @@ class EndFile(msgspec.Struct, frozen=True):
 
 
 class ExitFile(msgspec.Struct, frozen=True):
-    """How a process ended, as its parent saw it: ``status`` or ``signal`` is None."""
+    """How a process ended, as its parent saw it: ``status`` or ``signal`` is None.
+
+    ``result`` is what systemd makes of it, where it was a unit's: systemd.exec(5), SERVICE_RESULT.
+    """
 
     pid: int
     status: int | None
     signal: int | None
     wall_ns: int
+    result: str = ""
 
 
 class LastConversions(msgspec.Struct, frozen=True):

@@ -50,6 +50,9 @@ class MachineHost:
         folder: the machine's, borrowed.
         log_buffer: what the log was configured to write to.
         log: for the process's own events.
+
+    Attributes:
+        end_written: whether how it ended is in the folder.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class MachineHost:
     ) -> None:
         self.machine = machine
         self.started_ns: int | None = None
+        self.end_written = False
         self.log = log.bind(machine=machine.spec.name)
         self.steps = Steps(folder.fd, self._file_failed)
         self.console = KeptOutput(SegmentWriter(folder.fd, CONSOLE), OUTPUT_KEPT, self._file_failed)
@@ -225,6 +229,7 @@ class MachineHost:
             self._file_failed(error)
         try:
             self._folder.write(END, end, durable=True)
+            self.end_written = True
         except OSError as error:
             # The parent still sees the exit status, which says the most important thing.
             print(f"{END} was not written: {error.strerror}: {end.reason}: {end.message}", file=sys.stderr)  # noqa: T201

@@ -8,7 +8,7 @@ import resource
 import socket
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import msgspec
 import structlog
@@ -16,7 +16,9 @@ import trio
 
 from kvmd import log
 from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
+from kvmd.journal import Journal
 from kvmd.log_buffer import LogBuffer
+from kvmd.machine_process.cgroup import cgroup_of, lacking_limits
 from kvmd.machine_process.control import ControlServer
 from kvmd.machine_process.folder import (
     MACHINE,
@@ -32,6 +34,8 @@ from kvmd.machine_process.folder import (
 from kvmd.machine_process.host import MachineHost
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.spawning import Birth
+from kvmd.service_manager import ServiceManager
+from kvmd.spec import MachineSpec
 from kvmd.stop import ExitStatus
 
 _OOM_SCORE = 300
@@ -58,12 +62,33 @@ class Inheritance:
     files: tuple[int, ...]
 
 
-def live(inherited: Inheritance, open_machine: OpenMachine) -> int:
-    """Run the machine and return the process's exit status, which is the machine's.
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The systemd unit that the process is the main process of.
+
+    Attributes:
+        name: of the unit.
+        invocation: which of its starts this is.
+        manager: told that the machine's loop turns.
+        journal: whether the log goes to the journal, too.
+    """
+
+    name: str
+    invocation: str
+    manager: ServiceManager
+    _: KW_ONLY
+    journal: bool
+
+
+def live(inherited: Inheritance, open_machine: OpenMachine, unit: Unit | None = None) -> int:
+    """Run the machine and return the process's exit status: the machine's.
+
+    In a unit it is 0 for every end that is written down: a unit that has failed is then one that ended violently.
 
     Args:
         inherited: see ``Inheritance``.
         open_machine: makes the machine.
+        unit: the one that the process is in, where the daemon started it so.
     """
     pid = os.getpid()
     ticks = start_ticks(pid) or 0
@@ -73,17 +98,22 @@ def live(inherited: Inheritance, open_machine: OpenMachine) -> int:
         teller = _Teller(inherited.birth)
         stack.callback(teller.close)
         try:
-            folder.write(PROCESS, ProcessFile(pid, ticks, boot_id()))
+            own = ("", "") if unit is None else (unit.name, unit.invocation)
+            folder.write(PROCESS, ProcessFile(pid, ticks, boot_id(), *own))
             _settle(folder, stack)
             about = folder.read(MACHINE, MachineFile)
             if about is None:
                 raise BadFile(f"{MACHINE} is missing")
             _name_process(about.spec.name)
             buffer = LogBuffer(is_terminal=False)
-            log.configure(log_format="json", stream=buffer)
+            journal = stack.enter_context(Journal()) if unit is not None and unit.journal else None
+            log.configure(log_format="json", stream=buffer, journal=journal)
+            _check_limits(about.spec)
             machine = open_machine(about.spec, files=inherited.files)
         except (KvmdError, OSError) as error:
             teller.tell(Birth(pid, ticks, problem=_one_line(error), kind=_kind(error)))
+            if unit is not None:
+                return 0  # the daemon has heard why
             return ExitStatus.CONFIG if isinstance(error, ConfigError | ImageError) else ExitStatus.HOST
         stack.callback(machine.close)
         for fd in inherited.files:
@@ -97,7 +127,36 @@ def live(inherited: Inheritance, open_machine: OpenMachine) -> int:
                 # Whoever asked for this machine has given up, and knows of none.
                 host.stop()
 
-        return trio.run(host.run, server.serve, ready).status
+        async def serve(host: MachineHost) -> None:
+            async with trio.open_nursery() as nursery:
+                if unit is not None and unit.manager.watchdog_seconds is not None:
+                    nursery.start_soon(_feed_watchdog, unit.manager, unit.manager.watchdog_seconds)
+                await server.serve(host)
+
+        stop = trio.run(host.run, serve, ready)
+        written = unit is not None and host.end_written
+        return 0 if written else stop.status
+
+
+async def _feed_watchdog(manager: ServiceManager, seconds: float) -> None:
+    """Say that the machine's event loop turns."""
+    while True:
+        manager.alive()
+        await trio.sleep(seconds)
+
+
+def _check_limits(spec: MachineSpec) -> None:
+    """See that the kernel enforces what the spec says, whoever started this process.
+
+    Raises:
+        HostError: it does not.
+    """
+    lacking = lacking_limits(spec.limits, cgroup_of()) if spec.limits.given else []
+    if lacking:
+        raise HostError(
+            f"nothing enforces {', '.join(lacking)}: start the machine in a unit that has these limits, as "
+            "kvmd.service does (docs/daemon.md), or leave [limits] out"
+        )
 
 
 class _Teller:

@@ -29,12 +29,8 @@ from kvmd.machine import Machine
 from kvmd.machine_process.folder import END, EXIT, EndFile, ExitFile, MachineFolder
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, live
-from kvmd.machine_process.spawning import PACKET_LIMIT, Reaped, Spawn, Spawned
-from kvmd.spec import DISKS_LIMIT
+from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Reaped, Spawn, Spawned
 from kvmd.stop import ExitStatus
-
-_DESCRIPTORS = 3 + 2 + DISKS_LIMIT
-"""Folder, socket and pipe; kernel and initrd, or an image; disks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ class Spawner:
     def _serve_one(self, poll: select.poll) -> bool:
         """Take one request; tell whether there may be more."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._link, PACKET_LIMIT, _DESCRIPTORS)
+            data, fds, _, _ = socket.recv_fds(self._link, PACKET_LIMIT, DESCRIPTORS_LIMIT)
         except OSError:
             return False
         if not data:

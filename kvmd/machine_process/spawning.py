@@ -6,8 +6,13 @@ from typing import Any
 
 import msgspec
 
+from kvmd.spec import DISKS_LIMIT
+
 PACKET_LIMIT = 4096
 """Bytes of one message, at most."""
+
+DESCRIPTORS_LIMIT = 3 + 2 + DISKS_LIMIT
+"""Folder, socket and pipe; an image, or kernel and initrd; disks."""
 
 
 class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
@@ -30,6 +35,19 @@ class Reaped(msgspec.Struct, frozen=True, tag="reaped"):
     pid: int
     status: int | None
     signal: int | None
+
+
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """What a process that waits for a machine says first: which kvmd it is."""
+
+    version: str
+
+
+class Become(msgspec.Struct, frozen=True, tag="become"):
+    """The answer to ``Waiting``: be this machine, in the unit of that name."""
+
+    unit: str
+    name: str
 
 
 class Birth(msgspec.Struct, frozen=True):

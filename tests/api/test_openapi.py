@@ -14,7 +14,7 @@ from kvmd.api.app import make_fastapi
 from kvmd.api.problems import ProblemType
 from kvmd.api.services import Services
 from kvmd.cli.host_report import as_json, report_of, without_kvm_json
-from kvmd.spec import ConversionSpec, MachineSpec
+from kvmd.spec import ConversionSpec, LimitsSpec, MachineSpec
 from tests.api.serving import HOST, serving_api
 from tests.api.write_openapi import COMMITTED, document
 from tests.fleet.fakes import FakeFleet
@@ -48,7 +48,11 @@ def test_no_endpoint_runs_in_a_worker_thread() -> None:
 
 @pytest.mark.parametrize(
     ("model", "spec"),
-    [(models.MachineRequest, MachineSpec), (models.ConversionRequest, ConversionSpec)],
+    [
+        (models.MachineRequest, MachineSpec),
+        (models.ConversionRequest, ConversionSpec),
+        (models.LimitsRequest, LimitsSpec),
+    ],
 )
 def test_the_api_takes_what_a_machine_s_file_takes(model: type[models.Request], spec: type[msgspec.Struct]) -> None:
     assert set(model.model_fields) == set(spec.__struct_fields__)

@@ -250,3 +250,11 @@ def test_options_override_and_are_named_as_the_file_names_them(runner: Runner) -
         cpl=0,
         arguments=(7, 16),
     )
+
+
+def test_limits_that_nothing_would_enforce_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    limited = Path(__file__).parents[2] / "config" / "limits.toml"
+    assert run_cli(["run", str(limited)]) == ExitStatus.CONFIG
+    assert capfd.readouterr().err.startswith(
+        "kvmd: error: limits: nothing would enforce them on a guest in the foreground"
+    )

@@ -75,13 +75,13 @@ def daemon(
             process.kill()  # where it has not ended yet, the test has failed
 
 
-def ask(path: Path, method: str, target: str, body: object = None) -> tuple[int, Any]:
+def ask(path: Path, method: str, target: str, body: object = None, *, seconds: float = SECONDS) -> tuple[int, Any]:
     """Ask the API, and return the status and what the answer says."""
     data = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {target} HTTP/1.1\r\nHost: kvmd\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
     with socket.socket(socket.AF_UNIX) as client, client.makefile("rb") as answer:
-        client.settimeout(SECONDS)
+        client.settimeout(seconds)
         client.connect(str(path))
         client.sendall(head.encode() + data)
         status = int(answer.readline().split()[1])

@@ -60,6 +60,10 @@ class Server:
         """How many there are now."""
         return len(self._connections)
 
+    def set_limits(self, limits: Limits) -> None:
+        """Bound connections so from now on; those that are open keep the bounds of requests that they had."""
+        self._limits = limits
+
     def stop(self) -> None:
         """Let ``serve`` return: at once where nobody waits for anything, at the latest at the drain deadline."""
         self._draining.set()

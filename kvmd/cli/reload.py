@@ -1,0 +1,62 @@
+"""SIGHUP: the daemon reads its configuration again, and takes over what it can without a restart."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+import trio
+
+from kvmd.daemon_config import DaemonConfig, load_daemon_config, need_restart
+from kvmd.errors import ConfigError
+from kvmd.service_manager import ServiceManager
+
+
+class Reloader:
+    """Reloads at SIGHUP.
+
+    Args:
+        path: the configuration's file; without one there is nothing to read again.
+        config: what it said at the start.
+        manager: told when a reload begins, and when it is done.
+        apply: called with what the file says now, in order.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        config: DaemonConfig,
+        manager: ServiceManager,
+        apply: Sequence[Callable[[DaemonConfig], None]],
+    ) -> None:
+        self._path = path
+        self._started_with = config
+        self._manager = manager
+        self._apply = apply
+        self._log = structlog.get_logger("kvmd.daemon")
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Reload at each SIGHUP until cancelled."""
+        with trio.open_signal_receiver(signal.SIGHUP) as received:
+            task_status.started()
+            async for _ in received:
+                self.reload()
+
+    def reload(self) -> None:
+        """Read the file again. What it says is taken over as a whole, or not at all where it cannot be meant."""
+        self._manager.reloading()
+        try:
+            config = DaemonConfig() if self._path is None else load_daemon_config(self._path)
+        except ConfigError as error:
+            self._log.error("configuration-not-reloaded", problem=str(error), consequence="it stays as it was")
+            self._manager.ready(f"configuration not reloaded: {error}")
+            return
+        for apply in self._apply:
+            apply(config)
+        waiting = need_restart(self._started_with, config)
+        if waiting:
+            self._log.warning("restart-needed", keys=waiting, consequence="the rest is in force")
+        self._log.info("configuration-reloaded", file=None if self._path is None else str(self._path))
+        self._manager.ready(f"configuration reloaded; {len(waiting)} keys wait for a restart")
