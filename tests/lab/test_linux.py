@@ -18,7 +18,7 @@ from tests.linux_guest.kernels import lab_kernel
 from tests.linux_guest.proof import BRIDGE, HOST, PREFIX, Proof, as_toml, run_to_end
 from tests.own_network import own_network
 
-pytestmark = [pytest.mark.private_memory, pytest.mark.network]
+pytestmark = [pytest.mark.linux_guest, pytest.mark.private_memory, pytest.mark.network]
 
 SECONDS = 600.0
 
