@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from kvmd.errors import ConfigError, HostError
 from kvmd.hardware import Hardware, kvm_problem, open_kvm
+from kvmd.linux_hardware import LinuxImage, open_linux
 from kvmd.payload.elf import LoadedImage
 from kvmd.software_hardware import open_software
 from kvmd.spec import MachineSpec
@@ -30,3 +32,22 @@ def open_hardware(
     if spec.accelerator == "auto" and (problem := kvm_problem()) is not None:
         return open_software(spec, image, problem)
     return open_kvm(spec, image, quiesce)
+
+
+def open_linux_hardware(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardware:
+    """Build a Linux machine, which needs KVM: the software CPU has no interrupts.
+
+    Args:
+        spec: what it is made of.
+        image: the guest, parsed.
+        devices: how many virtio devices it has.
+
+    Raises:
+        HostError: this host cannot run it; nothing is left behind.
+        ConfigError, ImageError: the spec does not fit the host or the image.
+    """
+    if spec.accelerator == "software":
+        raise ConfigError("accelerator: the software CPU runs payload guests only: Linux needs kvm, or auto")
+    if spec.accelerator == "auto" and (problem := kvm_problem()) is not None:
+        raise HostError(f"a Linux guest needs KVM: {problem}")
+    return open_linux(spec, image, devices=devices)

@@ -37,6 +37,11 @@ _KEYS = Keys(
         "log.level": '"debug", "info", "warning" or "error"',
         "images": "a table: [images], with keys of its own",
         "images.folders": 'a list of absolute paths of folders, such as ["/var/lib/kvmd/images"]',
+        "disks": "a table: [disks], with keys of its own",
+        "disks.folders": 'a list of absolute paths of folders, such as ["/var/lib/kvmd/disks"]',
+        "networks": "a table: [networks], with keys of its own",
+        "networks.bridges": 'a list of names of bridges, such as ["br0"]',
+        "networks.namespaces": "true or false",
     }
 )
 """What would be right, by key: the second half of every message."""
@@ -74,7 +79,7 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Guests' images.
+    """Guests' images, and Linux guests' kernels and initial RAM disks.
 
     Attributes:
         folders: operators may start the files in them.
@@ -85,6 +90,32 @@ class ImagesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         for folder in self.folders:
             _KEYS.need("images.folders", folder, _is_path(folder))
+
+
+class DisksConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Linux guests' disks.
+
+    Attributes:
+        folders: operators may give the files in them to guests, which write to them.
+    """
+
+    folders: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for folder in self.folders:
+            _KEYS.need("disks.folders", folder, _is_path(folder))
+
+
+class NetworksConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Linux guests' networks.
+
+    Attributes:
+        bridges: operators may attach guests to these, and have those made that are not there.
+        namespaces: operators may give guests a network namespace.
+    """
+
+    bridges: tuple[str, ...] = ()
+    namespaces: bool = False
 
 
 class MachinesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,6 +159,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     api: ApiConfig = msgspec.field(default_factory=ApiConfig)
     images: ImagesConfig = msgspec.field(default_factory=ImagesConfig)
+    disks: DisksConfig = msgspec.field(default_factory=DisksConfig)
+    networks: NetworksConfig = msgspec.field(default_factory=NetworksConfig)
     machines: MachinesConfig = msgspec.field(default_factory=MachinesConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
 
@@ -139,6 +172,8 @@ class DaemonConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 _TABLES: dict[str, type[msgspec.Struct]] = {
     "api": ApiConfig,
     "images": ImagesConfig,
+    "disks": DisksConfig,
+    "networks": NetworksConfig,
     "machines": MachinesConfig,
     "log": LogConfig,
 }
@@ -150,6 +185,9 @@ _AT_START = (
     "api.viewers_socket",
     "machines.units",
     "machines.socket",
+    "disks.folders",
+    "networks.bridges",
+    "networks.namespaces",
 )
 """Keys that a running daemon does not read again: they say what it opened when it started, and for whom."""
 

@@ -15,8 +15,9 @@ from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE, explicit_request
 from kvmd.conversion.livelock import LivelockWatch
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
 from kvmd.conversion_service import Waiter
-from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
+from kvmd.devices.power import EndSwitch, GuestEnd
 from kvmd.errors import BackendError
 from kvmd.hv.exits import (
     BadMemoryFault,
@@ -44,6 +45,12 @@ CONVERSION_PORT = 0xC2
 
 _FETCH_RETRIES = 6
 """How often a failed fetch is tried again while memslots change, before it counts as the guest's own failure."""
+
+_ENDS = {
+    GuestEnd.POWER_OFF: (StopReason.GUEST_POWER_OFF, "the guest powered off"),
+    GuestEnd.REBOOT: (StopReason.GUEST_REBOOT, "the guest rebooted, which ends its machine: start it again"),
+    GuestEnd.PANIC: (StopReason.GUEST_PANIC, "the guest's kernel panicked"),
+}
 
 _DEFECT_TEXT = {
     FaultDefect.UNKNOWN_FLAGS: "memory fault with flags that this kvmd does not know",
@@ -90,12 +97,24 @@ class Converter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VcpuSurroundings:
-    """What all vCPUs of a machine share."""
+    """What all vCPUs of a machine share.
+
+    Attributes:
+        service: makes conversions.
+        protection: knows the views.
+        ports: answers port I/O.
+        mmio: counts accesses that nothing answers.
+        devices: answers MMIO; none in a payload's machine.
+        switch: notes how the guest ends its machine. Where there is one, a Linux guest's, the payload's own ports mean
+            nothing.
+    """
 
     service: Converter
     protection: Protection
     ports: PortBus
     mmio: MmioCounter
+    devices: MmioBus | None = None
+    switch: EndSwitch | None = None
 
 
 class ExitHandler:
@@ -113,6 +132,8 @@ class ExitHandler:
         self._protection = around.protection
         self._ports = around.ports
         self._mmio = around.mmio
+        self._devices = around.devices
+        self._switch = around.switch
         self._waiter = Waiter()
         self._watch: LivelockWatch[Registers] = LivelockWatch(vcpu.registers)
         self._entered_at = 0
@@ -168,6 +189,13 @@ class ExitHandler:
 
     def _on_mmio(self, exit_: Mmio) -> Next | Stop:
         """An access that KVM emulates: to a view that is not live, to a hole in mid-change, or to no memory at all."""
+        if self._devices is not None and (found := self._devices.find(exit_.gpa, exit_.size)) is not None:
+            device, offset = found
+            if exit_.is_write:
+                device.write(offset, exit_.data)
+            else:
+                self._vcpu.complete_read(device.read(offset, exit_.size))
+            return Next.COMPLETE
         gpa, state = self._protection.locate(exit_.gpa)
         if state is None:
             self._mmio.count(gpa)
@@ -197,12 +225,19 @@ class ExitHandler:
 
     def _on_port(self, exit_: PortIo) -> Next | VcpuResult:
         if exit_.is_write:
-            if exit_.port == EXIT_PORT and exit_.size == 1:
+            if exit_.port == EXIT_PORT and exit_.size == 1 and self._switch is None:
                 return self._on_exit(exit_.data[-1])
-            if exit_.port == CONVERSION_PORT and exit_.size == 1 and exit_.data[-1] == KVM_HC_MAP_GPA_RANGE:
+            if (
+                exit_.port == CONVERSION_PORT
+                and exit_.size == 1
+                and exit_.data[-1] == KVM_HC_MAP_GPA_RANGE
+                and self._switch is None
+            ):
                 return self._on_conversion_port()
             for start in range(0, len(exit_.data), exit_.size):
                 self._ports.write(exit_.port, exit_.data[start : start + exit_.size])
+            if self._switch is not None and self._switch.wish is not None:
+                return self._stop(*_ENDS[self._switch.wish])
         else:
             self._vcpu.complete_read(b"".join(self._ports.read(exit_.port, exit_.size) for _ in range(exit_.count)))
         return Next.COMPLETE

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
+from kvmd.devices.interrupt import InterruptLine
 from kvmd.errors import BackendError, ConfigError, HostError, MissingCapability
 from kvmd.host_choice import Choice, create_vm
 from kvmd.hv.vcpu import Vcpu
@@ -16,6 +17,7 @@ from kvmd.kvm.fault_layout import choose_layout
 from kvmd.kvm.guest_memfd import GuestMemfd
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
+from kvmd.linux.boot import LinuxBoot
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
 from kvmd.payload.boot import BootLayout, plan_boot
@@ -43,13 +45,44 @@ _ATTRIBUTE_BYTES_PER_PAGE = 10
 
 
 @dataclass(frozen=True, slots=True)
+class DevicePlace:
+    """Where a virtio device is, and what connects it to the accelerator.
+
+    Attributes:
+        window: its registers.
+        gsi: its interrupt line's number.
+        interrupt: the line.
+        connect: has an eventfd (the first argument) written when the guest stores a number (the last one) in the 32
+            bits at a gpa; raises BackendError.
+    """
+
+    window: GpaRange
+    gsi: int
+    interrupt: InterruptLine
+    connect: Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What the devices of a Linux machine are connected to.
+
+    Attributes:
+        console: the serial port's interrupt line.
+        places: one for each virtio device, in their order.
+    """
+
+    console: InterruptLine
+    places: tuple[DevicePlace, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     """An accelerator's part of a machine.
 
     Attributes:
         vcpus: in the order of their indices, ready to run.
         protection: makes conversions real.
-        boot: where everything lies.
+        boot: where everything lies, and how the first vCPU starts.
         shared: host memory of the shared view.
         state: the state of each page, as the machine starts.
         pinned: memory that never converts, or has no other state.
@@ -57,11 +90,13 @@ class Hardware:
         facts: what the machine's first log line says.
         resources: closes all of it, in the right order.
         not_on_kvm: why not on KVM, where the operator left the choice to kvmd.
+        platform: what a Linux guest's devices are connected to; a payload has none.
+        hole: addresses below the end of ``state`` that are no memory, where a Linux guest has as much.
     """
 
     vcpus: list[Vcpu]
     protection: Protection
-    boot: BootLayout
+    boot: BootLayout | LinuxBoot
     shared: Backing
     state: PageStateMap
     pinned: GpaRange
@@ -69,6 +104,8 @@ class Hardware:
     facts: dict[str, object]
     resources: ExitStack
     not_on_kvm: str = ""
+    platform: Platform | None = None
+    hole: GpaRange | None = None
 
 
 def kvm_problem() -> str | None:
@@ -98,11 +135,11 @@ def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], Abstra
     """
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm.open())
-        _check_vcpus(kvm, spec.vcpus)
+        check_vcpus(kvm, spec.vcpus)
         try:
             vm, choice = create_vm(kvm, spec.protection, spec.tripwire)
             stack.enter_context(vm)
-            enabled = _enable_capabilities(vm)
+            enabled = enable_capabilities(vm)
             if choice.protection == "guest-memfd" and _EXIT_HYPERCALL not in enabled:
                 # Forgetting it fails silently: KVM would answer the guest's requests itself, with -ENOSYS.
                 raise MissingCapability(
@@ -119,7 +156,7 @@ def open_kvm(spec: MachineSpec, image: LoadedImage, quiesce: Callable[[], Abstra
                 cpl=spec.cpl,
                 arguments=spec.arguments,
             )
-            _check_kernel_memory(spec.memory, choice)
+            check_kernel_memory(spec.memory, choice)
             memory = MachineMemory.of(spec, boot, choice.protection, stack)
             protection = _protect(vm, memory, boot, choice, quiesce, stack)
             layout = choose_layout(memory_fault_info=vm.check_extension(uapi.KVM_CAP_MEMORY_FAULT_INFO) > 0)
@@ -219,13 +256,14 @@ def memslot_count(vm: Vm) -> int:
     return vm.check_extension(uapi.KVM_CAP_NR_MEMSLOTS)
 
 
-def _check_vcpus(kvm: Kvm, vcpus: int) -> None:
+def check_vcpus(kvm: Kvm, vcpus: int) -> None:
+    """Refuse more vCPUs than KVM has. Raises ConfigError."""
     most = kvm.check_extension(uapi.KVM_CAP_MAX_VCPUS) or kvm.check_extension(uapi.KVM_CAP_NR_VCPUS) or 4
     if vcpus > most:
         raise ConfigError(f"vcpus: this host's KVM allows at most {most}, not {vcpus}")
 
 
-def _enable_capabilities(vm: Vm) -> list[str]:
+def enable_capabilities(vm: Vm) -> list[str]:
     """Enable what makes conversions cheaper or failures clearer, where KVM offers it."""
     enabled = []
     if vm.check_extension(uapi.KVM_CAP_DISABLE_QUIRKS2) & _QUIRK_SLOT_ZAP_ALL:
@@ -242,7 +280,7 @@ def _enable_capabilities(vm: Vm) -> list[str]:
     return enabled
 
 
-def _check_kernel_memory(memory: int, choice: Choice) -> None:
+def check_kernel_memory(memory: int, choice: Choice) -> None:
     """Refuse memory whose page tables and maps alone would exhaust the host: the kernel would not, it would swap."""
     views = 1 if choice.tripwire is None else 2
     marks = 1 if choice.protection == "guest-memfd" or choice.tripwire is Tripwire.ATTRIBUTE else 0

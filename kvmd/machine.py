@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Self
 
 import structlog
 import trio
 
-from kvmd.accelerator import open_hardware
+from kvmd.accelerator import open_hardware, open_linux_hardware
 from kvmd.closing import Closing
 from kvmd.conversion.changes import ImplicitPolicy, Limits
 from kvmd.conversion.ring import RecordRing
@@ -19,28 +18,42 @@ from kvmd.conversion.stats import ConversionStats
 from kvmd.conversion_service import ConversionService
 from kvmd.devices.console import ConsoleOutput
 from kvmd.devices.console_input import ConsoleInput
-from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
+from kvmd.devices.power import (
+    KEYBOARD_COMMAND_PORT,
+    PANIC_PORT,
+    RESET_PORT,
+    SLEEP_PORT,
+    EndSwitch,
+    PanicPort,
+    SleepRegisters,
+    acpi_reset,
+    keyboard_reset,
+)
 from kvmd.devices.uart16550 import Uart16550
-from kvmd.errors import ImageError, MachineStateError
+from kvmd.errors import MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
+from kvmd.guest_files import read_file
 from kvmd.hardware import Hardware
+from kvmd.linux.kernel import parse_kernel
+from kvmd.linux_devices import LinuxDevices, device_count
+from kvmd.linux_hardware import LinuxImage
 from kvmd.memory.accessor import HostAccessor
 from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
 from kvmd.run_gate import RunGate
 from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
-from kvmd.units import GIB, format_size
+from kvmd.units import format_size
 from kvmd.vcpu_tasks import VcpuTasks
+from kvmd.virtio.serving import serve
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
+_PANIC_LINES = 20
 _COUNT_SECONDS = 1.0
 _COUNT_AT_ONCE = 256
-_READ_AT_ONCE = 1 << 20
-_IMAGE_LIMIT = GIB
-"""The largest image file that is read."""
 
 
 class Machine(Closing):
@@ -59,14 +72,15 @@ class Machine(Closing):
         facts: for the first log line.
     """
 
-    def __init__(self, spec: MachineSpec, hardware: Hardware, gate: RunGate, parked: _Parked) -> None:
+    def __init__(
+        self, spec: MachineSpec, hardware: Hardware, gate: RunGate, parked: _Parked, opened: Mapping[str, int]
+    ) -> None:
         self.spec = spec
         self.records = RecordRing()
         self.stats = ConversionStats(self.records.reader())
         self.console = ConsoleOutput()
         self.typed = ConsoleInput()
         self.ports = PortBus()
-        self.ports.add(_COM1, _UART_PORTS, Uart16550(self.console, self.typed))
         self.mmio = MmioCounter()
         self._hardware = hardware
         self._gate = gate
@@ -74,7 +88,22 @@ class Machine(Closing):
         self._state = hardware.state
         self._memory_lock = hardware.lock
         self.pinned = hardware.pinned
-        self.memory = HostAccessor(hardware.state, hardware.shared, hardware.lock)
+        self.memory = HostAccessor(
+            hardware.state,
+            hardware.shared,
+            hardware.lock,
+            # A payload's memory that never converts is all pinned; what asks for views is Linux's devices alone.
+            converts=hardware.pinned != hardware.state.range,
+            hole=hardware.hole,
+        )
+        bus, switch = (None, None) if hardware.platform is None else (MmioBus(), EndSwitch())
+        line = None if hardware.platform is None else hardware.platform.console
+        uart = Uart16550(self.console, self.typed) if line is None else Uart16550(self.console, self.typed, line.pull)
+        self.ports.add(_COM1, _UART_PORTS, uart)
+        self._devices: LinuxDevices | None = None
+        if hardware.platform is not None and bus is not None and switch is not None:
+            _add_power(self.ports, switch)
+            self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus, opened)
         limits = Limits(
             chunk_bytes=spec.conversion.chunk,
             no_progress=spec.conversion.no_progress_limit,
@@ -83,32 +112,40 @@ class Machine(Closing):
         )
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
         self._service = ConversionService(rules, hardware.protection, memory_lock=hardware.lock, ring=self.records)
-        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio)
+        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
             "vcpus": spec.vcpus,
             "memory": format_size(spec.memory),
             **hardware.facts,
+            **({} if self._devices is None else self._devices.facts),
         }
         self._state_name = "created"
 
     @classmethod
-    def open(cls, spec: MachineSpec, *, image: int | None = None) -> Self:
+    def open(cls, spec: MachineSpec, *, files: Sequence[int] = ()) -> Self:
         """Read the image and build the machine.
 
         Args:
             spec: what it is made of.
-            image: an open file to read in place of ``spec.image``, from its beginning; it stays open.
+            files: open ones to read in place of those that the spec names, one for each of ``spec.files``, from their
+                beginning; or none. They stay open.
 
         Raises:
             KvmdError: it cannot be built; nothing is left behind.
         """
-        parsed = parse_elf(_read_image(spec.image) if image is None else _read_open_image(image, spec.image))
         parked = _Parked()
         gate = RunGate(parked.set)
-        hardware = open_hardware(spec, parsed, gate.quiesce)
+        opened = dict(zip((key for key, _ in spec.files), files, strict=True)) if files else {}
+        if spec.kernel is not None:
+            kernel = parse_kernel(read_file("kernel", spec.kernel, opened.get("kernel")))
+            initrd = b"" if spec.initrd is None else read_file("initrd", spec.initrd, opened.get("initrd"))
+            hardware = open_linux_hardware(spec, LinuxImage(kernel, initrd), devices=device_count(spec))
+        else:
+            image = parse_elf(read_file("image", spec.guest, opened.get("image")))
+            hardware = open_hardware(spec, image, gate.quiesce)
         try:
-            return cls(spec, hardware, gate, parked)
+            return cls(spec, hardware, gate, parked, opened)
         except BaseException:
             hardware.resources.close()
             raise
@@ -127,7 +164,8 @@ class Machine(Closing):
         self._need("run", "created")
         self._state_name = "running"
         log = structlog.get_logger("kvmd.machine").bind(machine=self.spec.name)
-        log.info("machine-starting", image=str(self.spec.image), **self.facts)
+        kind = "image" if self.spec.kernel is None else "kernel"
+        log.info("machine-starting", **{kind: str(self.spec.guest)}, **self.facts)
         if self._hardware.not_on_kvm:
             log.warning("no-kvm", because=self._hardware.not_on_kvm)
         self._parked.bind(trio.lowlevel.current_trio_token())
@@ -135,10 +173,15 @@ class Machine(Closing):
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._service.run)
                 nursery.start_soon(self._count)
+                for device in () if self._devices is None else self._devices.virtio:
+                    nursery.start_soon(serve, device)
                 stop = await self._tasks.run()
                 nursery.cancel_scope.cancel()
         finally:
             self._state_name = "stopped"
+        if stop.reason is StopReason.GUEST_PANIC:
+            lines = self.console.tail().decode(errors="replace").splitlines()[-_PANIC_LINES:]
+            log.error("console-tail", lines=lines)
         return stop
 
     def stop(self) -> None:
@@ -189,7 +232,10 @@ class Machine(Closing):
             self._hardware.resources.pop_all()
             return
         self._service.dispose()
-        self._hardware.resources.close()
+        with ExitStack() as stack:
+            stack.callback(self._hardware.resources.close)
+            if self._devices is not None:
+                self._devices.close()
 
     async def _count(self) -> None:
         """Count conversions now and then, not while a vCPU waits for its answer."""
@@ -230,26 +276,9 @@ class _Parked:
         await self._event.wait()
 
 
-def _read_image(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _IMAGE_LIMIT:
-            raise ImageError(f"{path} is larger than {format_size(_IMAGE_LIMIT)}: not an image that kvmd loads")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
-
-
-def _read_open_image(fd: int, path: Path) -> bytes:
-    try:
-        about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            raise ImageError(f"the image {path} is not a regular file")
-        if about.st_size > _IMAGE_LIMIT:
-            raise ImageError(f"{path} is larger than {format_size(_IMAGE_LIMIT)}: not an image that kvmd loads")
-        # Whoever opened it may be using its position.
-        data = bytearray()
-        while len(data) <= _IMAGE_LIMIT and (more := os.pread(fd, _READ_AT_ONCE, len(data))):
-            data += more
-        return bytes(data)
-    except OSError as error:
-        raise ImageError(f"cannot read the image {path}: {error.strerror}") from error
+def _add_power(ports: PortBus, switch: EndSwitch) -> None:
+    """Add the registers by which a Linux guest ends its machine."""
+    ports.add(SLEEP_PORT, 2, SleepRegisters(switch))
+    ports.add(RESET_PORT, 1, acpi_reset(switch))
+    ports.add(KEYBOARD_COMMAND_PORT, 1, keyboard_reset(switch))
+    ports.add(PANIC_PORT, 1, PanicPort(switch))

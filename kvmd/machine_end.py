@@ -20,7 +20,12 @@ def log_end(machine: Runnable, stop: Stop, log: structlog.typing.FilteringBoundL
     if machine.mmio.unclaimed:
         addresses = [hex(gpa) for gpa in machine.mmio.unclaimed_addresses]
         log.warning("addresses-unclaimed", accesses=machine.mmio.unclaimed, first_gpas=addresses)
-    quiet = stop.reason in {StopReason.GUEST_EXIT, StopReason.OPERATOR}
+    quiet = stop.reason in {
+        StopReason.GUEST_EXIT,
+        StopReason.GUEST_POWER_OFF,
+        StopReason.GUEST_REBOOT,
+        StopReason.OPERATOR,
+    }
     if stop.registers is not None and not quiet:
         values = {name: hex(value) for name, value in asdict(stop.registers).items()}
         log.error("registers", vcpu=stop.vcpu, **values)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from kvmd.errors import ConfigError
+from kvmd.network.spec import NetworkSpec, networks_of
 from kvmd.toml_file import Keys, read_toml, refuse_unknown, shown, suggestion
 from kvmd.units import GIB, MIB, PAGE_MASK, PAGE_SIZE, format_size, parse_size
 
@@ -23,6 +24,8 @@ VCPU_LIMIT = 4096
 """vCPUs that a file may ask for; how many this host allows is known when the machine is opened."""
 
 ARGUMENT_LIMIT = 8
+
+DISKS_LIMIT = 8
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 _PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
@@ -50,6 +53,13 @@ _KEYS = Keys(
     {
         "name": 'up to 63 of a-z, 0-9, ".", "_" and "-", the first a letter or digit, such as "guest-1"',
         "image": 'the path of an ELF file, relative to this file, or a built-in guest such as "builtin:hello"',
+        "kernel": "the path of a bzImage, or of an ELF vmlinux with PVH, relative to this file; in place of image",
+        "initrd": "the path of an initial RAM disk, relative to this file",
+        "cmdline": 'the kernel\'s command line, such as "console=ttyS0"',
+        "disks": f"up to {DISKS_LIMIT} tables, [[disks]], with keys of their own",
+        "networks": "up to 8 tables, [[networks]], with keys of their own",
+        "entropy": "true or false",
+        "balloon": "true or false",
         "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
         "memory": 'a size in pages of 4 KiB, such as "64M"',
         "accelerator": '"auto", "kvm" or "software"',
@@ -100,6 +110,29 @@ class ConversionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         _KEYS.need("conversion.max_ranges", self.max_ranges, 1 <= self.max_ranges <= _RANGES_LIMIT)
 
 
+_DISK_KEYS = Keys(
+    {
+        "path": "the path of a raw disk image, relative to this file",
+        "read_only": "true or false",
+        "direct": "true or false",
+    }
+)
+
+
+class DiskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One disk of a Linux guest: /dev/vda, /dev/vdb, ... in their order.
+
+    Attributes:
+        path: a raw image: an ordinary file, or a block device.
+        read_only: the guest cannot write to it; then other machines may read it, too.
+        direct: past the host's page cache (O_DIRECT).
+    """
+
+    path: Path
+    read_only: bool = False
+    direct: bool = False
+
+
 class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a machine's process may take of the host, enforced by the kernel (cgroup v2); None for no limit.
 
@@ -131,16 +164,25 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """A machine, complete and checked; what only the host can tell is checked when it is opened.
 
     Attributes:
-        image: the guest's ELF file.
+        image: a payload guest's ELF file; None for a Linux guest.
+        kernel: a Linux guest's kernel; None for a payload.
+        initrd: of Linux, its initial RAM disk.
+        cmdline: of Linux, the kernel's command line.
+        disks: of Linux, its disks.
+        networks: of Linux, its network cards.
+        entropy: of Linux, whether it has a source of randomness.
+        balloon: of Linux, whether it can give memory back.
         name: by default made of the image's file name.
         vcpus: how many, from 1.
         memory: bytes, a multiple of the page size.
         accelerator: what runs the guest: ``kvm``, ``software`` (an emulator), or ``auto`` for KVM where it works.
         protection: ``emulated`` (two views of memory by an address bit), ``guest-memfd`` (one view, and private
-            memory that the host cannot map), ``none``, or ``auto`` for the strongest that the host offers.
+            memory that the host cannot map), ``none``, or ``auto`` for the strongest that the host offers; by default
+            ``emulated`` for payloads, ``none`` for Linux.
         tripwire: of ``emulated``, what makes the view that is not live trip: ``attribute``, ``guest_memfd``,
             ``hole``, or ``auto`` for the best that the host offers.
-        initial: the state that the guest's own memory starts in; without protection all memory is shared.
+        initial: the state that the guest's own memory starts in, by default ``private``, and ``shared`` for Linux;
+            without protection all memory is shared.
         cpl: the privilege level that payload guests start at.
         arguments: what the boot information passes to the guest, each an unsigned 64-bit number.
         conversion: bounds on conversions.
@@ -150,22 +192,39 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         ConfigError: a value is impossible; the message names the key and what would be right.
     """
 
-    image: Path
+    image: Path | None = None
     name: str = ""
     vcpus: int = 1
     memory: int = 64 * MIB
     accelerator: Literal["auto", "kvm", "software"] = "auto"
-    protection: str = "emulated"
+    protection: str = ""
     tripwire: Literal["auto", "attribute", "guest_memfd", "hole"] = "auto"
-    initial: Literal["private", "shared"] = "private"
+    initial: Literal["private", "shared", ""] = ""
     cpl: Literal[0, 3] = 3
     arguments: tuple[int, ...] = ()
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    disks: tuple[DiskSpec, ...] = ()
+    networks: tuple[NetworkSpec, ...] = ()
+    entropy: bool = True
+    balloon: bool = False
     conversion: ConversionSpec = msgspec.field(default_factory=ConversionSpec)
     limits: LimitsSpec = msgspec.field(default_factory=LimitsSpec)
 
     def __post_init__(self) -> None:
+        if (self.image is None) == (self.kernel is None):
+            raise ConfigError(
+                f"image is missing: expected {_KEYS['image']}; or, for Linux, kernel: {_KEYS['kernel']}"
+                if self.image is None
+                else "kernel: a machine has either an image (a payload) or a kernel (Linux), not both"
+            )
         if not self.name:
-            msgspec.structs.force_setattr(self, "name", _name_of(self.image))
+            msgspec.structs.force_setattr(self, "name", _name_of(self.guest))
+        if not self.protection:
+            msgspec.structs.force_setattr(self, "protection", "emulated" if self.kernel is None else "none")
+        if not self.initial:
+            msgspec.structs.force_setattr(self, "initial", "private" if self.kernel is None else "shared")
         _KEYS.need("name", self.name, _NAME.fullmatch(self.name) is not None)
         _KEYS.need("vcpus", self.vcpus, 1 <= self.vcpus <= VCPU_LIMIT)
         _KEYS.need("memory", self.memory, self.memory > 0 and not self.memory & PAGE_MASK)
@@ -178,6 +237,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise ConfigError(f'protection: "{self.protection}" is not built yet: expected ' + _KEYS["protection"])
         _KEYS.need("protection", self.protection, self.protection in _PROTECTIONS)
         # The type says so too, but a spec that a program makes has not been through msgspec.
+        self._check_kind()
         _KEYS.need("accelerator", self.accelerator, self.accelerator in _ACCELERATORS)
         _KEYS.need("tripwire", self.tripwire, self.tripwire in _TRIPWIRES)
         _KEYS.need("initial", self.initial, self.initial in {"private", "shared"})
@@ -186,6 +246,44 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         _KEYS.need("arguments", list(self.arguments), all(0 <= value < _U64_LIMIT for value in self.arguments))
         tasks = self.limits.tasks
         _KEYS.need("limits.tasks", tasks, tasks is None or tasks >= self.vcpus + OWN_TASKS)
+
+    @property
+    def files(self) -> tuple[tuple[str, Path], ...]:
+        """The files that the guest is made of, each with its key: what somebody may bring along, already open."""
+        if self.kernel is None:
+            return (("image", self.guest),)
+        initrd = () if self.initrd is None else (("initrd", self.initrd),)
+        disks = tuple((f"disks[{index}].path", disk.path) for index, disk in enumerate(self.disks))
+        return (("kernel", self.kernel), *initrd, *disks)
+
+    def _check_kind(self) -> None:
+        """Refuse what belongs to the other kind of guest."""
+        if self.kernel is None:
+            for key in ("initrd", "cmdline", "disks", "networks", "balloon"):
+                if getattr(self, key):
+                    raise ConfigError(
+                        f"{key}: only Linux has it, and this machine has no kernel: give one, or leave it out"
+                    )
+            return
+        if self.protection not in {"none", "guest-memfd"}:
+            raise ConfigError(
+                f'protection: "{self.protection}" is not for Linux, which knows nothing of two views of its memory: '
+                'expected "none", or "guest-memfd" with initial = "shared"'
+            )
+        if self.initial == "private":
+            raise ConfigError(
+                'initial: "private" is not possible for Linux: a kernel cannot be put into private memory, nor does it '
+                'convert any by itself: expected "shared"'
+            )
+        if self.arguments:
+            raise ConfigError("arguments: only payloads have them: expected cmdline, for Linux")
+
+    @property
+    def guest(self) -> Path:
+        """The file that the guest is known by: the payload's image, or the kernel."""
+        guest = self.kernel if self.image is None else self.image
+        assert guest is not None  # noqa: S101 - checked when it was made
+        return guest
 
     def with_overrides(self, **overrides: Any) -> Self:
         """Return this spec with the given fields changed; a field given as None stays as it is.
@@ -225,16 +323,21 @@ def spec_of(document: Mapping[str, object], *, base: Path) -> MachineSpec:
         section = document.get(name, {})
         if isinstance(section, Mapping):
             refuse_unknown(section, kind, f"{name}.")
-    if "image" not in document:
-        raise ConfigError(f"image is missing: expected {_KEYS['image']}")
     if document.get("name") == "":
         raise ConfigError(f"name: '' is not possible: expected {_KEYS['name']}")
 
-    def decode(_kind: type, value: object) -> object:
-        return resolve_image(value, base=base)  # the one field of a type that msgspec does not know
-
+    complete = _with_sizes_in_bytes(document, "")
+    if "image" in document:
+        complete["image"] = resolve_image(document["image"], base=base)
+    for key in ("kernel", "initrd"):
+        if key in document:
+            complete[key] = resolve_file(key, document[key], base=base)
+    if "disks" in document:
+        complete["disks"] = _disks_of(document["disks"], base=base)
+    if "networks" in document:
+        complete["networks"] = networks_of(document["networks"])
     try:
-        return msgspec.convert(_with_sizes_in_bytes(document, ""), MachineSpec, dec_hook=decode)
+        return msgspec.convert(complete, MachineSpec)
     except msgspec.ValidationError as error:
         raise _KEYS.refused(error, document) from error
 
@@ -262,6 +365,42 @@ def resolve_image(image: object, *, base: Path) -> Path:
             f"the built-in ones are {', '.join(GUESTS)}"
         )
     return GUESTS[name].path
+
+
+def _disks_of(tables: object, *, base: Path) -> tuple[DiskSpec, ...]:
+    if not isinstance(tables, list) or len(tables) > DISKS_LIMIT:
+        raise ConfigError(f"disks: {shown(tables)} is not possible: expected {_KEYS['disks']}")
+    return tuple(_disk_of(table, f"disks[{index}]", base) for index, table in enumerate(tables))
+
+
+def _disk_of(table: object, where: str, base: Path) -> DiskSpec:
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: {shown(table)} is not possible: expected a table, [[disks]]")
+    refuse_unknown(table, DiskSpec, f"{where}.")
+    path = table.get("path")
+    if not isinstance(path, str) or not path or "\0" in path:
+        problem = "is missing" if path is None else f"{shown(path)} is not possible"
+        raise ConfigError(f"{where}.path: {problem}: expected {_DISK_KEYS['path']}")
+    try:
+        return msgspec.convert({**table, "path": base / path}, DiskSpec)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}.{_DISK_KEYS.refused(error, table)}") from error
+
+
+def resolve_file(key: str, file: object, *, base: Path) -> Path:
+    """Return the path of a file that a key of a machine's file names.
+
+    Args:
+        key: such as ``kernel``.
+        file: what it says.
+        base: the folder that a relative path starts at.
+
+    Raises:
+        ConfigError: it is no path.
+    """
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise ConfigError(f"{key}: {shown(file)} is not possible: expected {_KEYS[key]}")
+    return base / file
 
 
 def _name_of(image: Path) -> str:

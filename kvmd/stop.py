@@ -1,6 +1,7 @@
 """Why a machine stopped, and the exit status that says so.
 
-A guest's own exit statuses are passed on as they are: 0 to 119 and 128 to 255. Those between are kvmd's.
+A guest's own exit statuses are passed on as they are: 0 to 119 and 128 to 255. Those between are kvmd's. A Linux
+guest has no status of its own: powering off is 0, rebooting 133.
 """
 
 from __future__ import annotations
@@ -35,10 +36,21 @@ class ExitStatus(enum.IntEnum):
     """The operator asked twice."""
 
 
+class LinuxStatus(enum.IntEnum):
+    """What it exits with when a Linux guest ended in order."""
+
+    POWERED_OFF = 0
+    REBOOT = 133
+    """The guest's machine ends with it; systemd-nspawn's status for the same, which a unit can act on."""
+
+
 class StopReason(enum.Enum):
     """Why a machine stopped: the name in the log, and the exit status."""
 
     GUEST_EXIT = "guest-exit"
+    GUEST_POWER_OFF = "guest-power-off"
+    GUEST_REBOOT = "guest-reboot"
+    GUEST_PANIC = "guest-panic"
     OPERATOR = "operator"
     KILLED = "killed"
 
@@ -70,7 +82,7 @@ class StopReason(enum.Enum):
     BUG = "bug"
 
     @property
-    def exit_status(self) -> ExitStatus:
+    def exit_status(self) -> ExitStatus | LinuxStatus:
         """The exit status for this reason; a guest's own exit has none.
 
         Raises:
@@ -81,7 +93,9 @@ class StopReason(enum.Enum):
         return _EXIT_STATUS.get(self, ExitStatus.GUEST_FAULT)
 
 
-_EXIT_STATUS = {
+_EXIT_STATUS: dict[StopReason, ExitStatus | LinuxStatus] = {
+    StopReason.GUEST_POWER_OFF: LinuxStatus.POWERED_OFF,
+    StopReason.GUEST_REBOOT: LinuxStatus.REBOOT,
     StopReason.OPERATOR: ExitStatus.STOPPED,
     StopReason.KILLED: ExitStatus.KILLED,
     StopReason.MEMSLOTS_EXHAUSTED: ExitStatus.EXHAUSTED,

@@ -22,6 +22,7 @@ _MARKED = {
     "private_memory": Facility.PRIVATE_MEMORY,
     "compiler": Facility.COMPILER,
     "software": Facility.SOFTWARE,
+    "network": Facility.NETWORK,
 }
 
 

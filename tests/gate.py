@@ -16,6 +16,7 @@ import enum
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from kvmd.errors import HostError
 from kvmd.kvm.needs import GUEST_MEMFD, SOFTWARE_PROTECTED_VM, first_lacking
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.uapi import KVM_X86_SW_PROTECTED_VM
+from kvmd.network.tap import Tap
 from kvmd.software.availability import missing_emulator
+from tests.own_network import in_thread, leave_network
 
 
 class Facility(enum.Enum):
@@ -35,6 +38,8 @@ class Facility(enum.Enum):
     PRIVATE_MEMORY = "KVMD_TEST_PRIVATE_MEMORY"
     COMPILER = "KVMD_TEST_COMPILER"
     SOFTWARE = "KVMD_TEST_SOFTWARE"
+    NETWORK = "KVMD_TEST_NETWORK"
+    ACPI = "KVMD_TEST_ACPI"
     SYSTEMD = "KVMD_TEST_SYSTEMD"
 
 
@@ -128,6 +133,30 @@ def missing_compiler() -> str | None:
 
 
 @cache
+def missing_network() -> str | None:
+    """Return why no test can have a network namespace with taps and bridges of its own, or None."""
+
+    def look() -> str | None:
+        try:
+            leave_network()
+        except OSError as error:
+            return f"a network namespace cannot be made: {error.strerror}: run them as root"
+        try:
+            Tap.make("probe").close()
+        except HostError as error:
+            return str(error)
+        return None
+
+    return in_thread(look)
+
+
+@cache
+def missing_iasl() -> str | None:
+    """Return why ACPI's tables cannot be compiled, or None."""
+    return None if shutil.which("iasl") else "there is no iasl: install acpica-tools"
+
+
+@cache
 def missing_systemd() -> str | None:
     """Return why no systemd can be booted in namespaces here, or None.
 
@@ -141,10 +170,12 @@ def missing_systemd() -> str | None:
     return None
 
 
-_MISSING = {
+_MISSING: dict[Facility, Callable[[], str | None]] = {
+    Facility.ACPI: missing_iasl,
     Facility.KVM: missing_kvm,
     Facility.PRIVATE_MEMORY: missing_private_memory,
     Facility.COMPILER: missing_compiler,
     Facility.SOFTWARE: missing_emulator,
+    Facility.NETWORK: missing_network,
     Facility.SYSTEMD: missing_systemd,
 }

@@ -37,7 +37,7 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"apy": {}}, "unknown key apy (did you mean api?): the keys here are api, images, machines, log"),
+        ({"apy": {}}, "unknown key apy (did you mean api?): the keys here are api, images, disks, networks"),
         ({"api": {"sokket": "/s"}}, "unknown key api.sokket (did you mean socket?): "),
         ({"api": 1}, "api: 1 is not possible: expected a table: [api]"),
         ({"api": {"socket": "kvmd.sock"}}, "api.socket: 'kvmd.sock' is not possible: expected an absolute path"),

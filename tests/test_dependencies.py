@@ -25,8 +25,9 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("machine's end", ("kvmd.machine_end",)),
     ("what runs", ("kvmd.runnable",)),
     ("machine", ("kvmd.machine",)),
+    ("Linux's devices", ("kvmd.linux_devices",)),
     ("accelerator", ("kvmd.accelerator",)),
-    ("hardware of the software CPU", ("kvmd.software_hardware",)),
+    ("hardware of others than payloads on KVM", ("kvmd.software_hardware", "kvmd.linux_hardware")),
     ("hardware", ("kvmd.hardware",)),
     ("host's choice", ("kvmd.host_choice",)),
     ("vCPU tasks", ("kvmd.vcpu_tasks",)),
@@ -39,12 +40,14 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("request channel", ("kvmd.request_channel",)),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
+    ("guests' networks", ("kvmd.network",)),
     ("configuration files", ("kvmd.toml_file",)),
-    ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests")),
+    ("Linux, virtio", ("kvmd.linux", "kvmd.virtio")),
+    ("guest's surroundings", ("kvmd.devices", "kvmd.payload", "kvmd.guests", "kvmd.acpi")),
     ("conversion rules", ("kvmd.conversion",)),
     ("memory", ("kvmd.memory",)),
     ("accelerators", ("kvmd.kvm", "kvmd.software")),
-    ("last words", ("kvmd.last_words",)),
+    ("last words, guest files", ("kvmd.last_words", "kvmd.guest_files")),
     ("stop reasons", ("kvmd.stop",)),
     ("accelerator's language", ("kvmd.hv",)),
     ("words of the command line", ("kvmd.options", "kvmd.picture", "kvmd.lazy_group")),
@@ -59,6 +62,8 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kvmd.conversion", ("trio", "structlog", "fcntl", "kvmd.kvm")),
     ("kvmd.memory", ("trio", "structlog", "kvmd.kvm")),
     ("kvmd.payload", ("trio", "structlog", "kvmd.kvm")),
+    ("kvmd.linux", ("trio", "structlog", "kvmd.kvm")),
+    ("kvmd.acpi", ("trio", "structlog", "kvmd.kvm")),
     ("kvmd.protection.pieces", ("trio", "structlog", "threading", "ctypes")),
     ("kvmd.protection", ("trio", "kvmd.kvm")),
     ("kvmd.run_gate", ("trio", "kvmd.kvm")),
@@ -67,13 +72,22 @@ FORBIDDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """What some modules must do without though it may lie below them: they decide, others act."""
 
-KVM_USERS = ("kvmd.kvm", "kvmd.hardware", "kvmd.host_choice", "kvmd.cli", "kvmd.benchmark")
+KVM_USERS = (
+    "kvmd.kvm",
+    "kvmd.hardware",
+    "kvmd.linux_hardware",
+    "kvmd.host_choice",
+    "kvmd.cli",
+    "kvmd.benchmark",
+)
 """Who may name KVM at all: everything else would run on another accelerator as it is."""
 
-LOCKERS = ("kvmd.fleet.state_folder",)
-"""Who may import flock and its constants: Python keeps it in the module of fcntl and ioctl."""
-
-_LOCKING = {"flock", "LOCK_EX", "LOCK_NB", "LOCK_UN"}
+LOCKERS = {
+    "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB", "LOCK_UN"},
+    "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK"},
+    "kvmd.network.tap": {"ioctl"},
+}
+"""Who may import what of the module of fcntl and ioctl: locks of files, and taps. KVM's ioctls are kvmd.kvm's alone."""
 
 FACES = ("kvmd.cli", "kvmd.ctl", "kvmd.options", "kvmd.lazy_group")
 FACES_ONLY = ("click", "rich")
@@ -82,6 +96,10 @@ FACES_ONLY = ("click", "rich")
 API_USERS = ("kvmd.api", "kvmd.benchmark")
 API_ONLY = ("fastapi", "starlette", "pydantic", "anyio", "h11")
 """Packages that the control API alone stands on, and what measures it: `kvmd run` must not wait for their import."""
+
+NETLINK_USERS = ("kvmd.network.links",)
+NETLINK = ("pyroute2",)
+"""Brings asyncio along: whoever asks for no network never imports it."""
 
 COMPUTED = "<computed>"
 
@@ -208,6 +226,8 @@ def forbidden_imports(modules: list[Module]) -> list[str]:
             banned.extend(FACES_ONLY)
         if not any(is_within(module.name, user) for user in API_USERS):
             banned.extend(API_ONLY)
+        if module.name not in NETLINK_USERS:
+            banned.extend(NETLINK)
         for line, target in imports_of(module, known):
             if any(is_within(target, name) for name in banned):
                 found.append(f"{module.file}:{line} imports {target}, which {module.name} must do without")
@@ -236,13 +256,14 @@ def stray_ioctls(modules: list[Module]) -> list[str]:
     for module in modules:
         if is_within(module.name, "kvmd.kvm"):
             continue
+        locking = LOCKERS.get(module.name, set())
         for node in ast.walk(module.tree):
             match node:
+                case ast.Name(id="fcntl" | "ioctl" as name) if name in locking:
+                    continue  # the function, since the module itself cannot be imported there
                 case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Constant(value=str(name)):
                     names = {name}
-                case ast.ImportFrom(module="fcntl", names=aliases) if (
-                    module.name in LOCKERS and {alias.name for alias in aliases} <= _LOCKING
-                ):
+                case ast.ImportFrom(module="fcntl", names=aliases) if {alias.name for alias in aliases} <= locking:
                     continue
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                     names = set(chain.from_iterable(alias.name.split(".") for alias in aliases))
@@ -381,6 +402,7 @@ def test_a_new_module_needs_a_layer() -> None:
         ("kvmd/api/app.py", "import rich.text", "rich.text"),
         ("kvmd/cli/main.py", "import fastapi", "fastapi"),
         ("kvmd/fleet/base.py", "from pydantic import BaseModel", "pydantic"),
+        ("kvmd/network/networks.py", "from pyroute2 import IPRoute", "pyroute2"),
     ],
 )
 def test_a_forbidden_import_is_told(file: str, source: str, target: str) -> None:
@@ -415,9 +437,17 @@ def test_a_stray_ioctl_is_told(source: str, name: str) -> None:
         ("kvmd/fleet/state_folder.py", "from fcntl import flock, ioctl", True),
         ("kvmd/fleet/state_folder.py", "import fcntl", True),
         ("kvmd/fleet/local.py", "from fcntl import flock", True),
+        ("kvmd/virtio/disk.py", "from fcntl import F_OFD_SETLK, fcntl\nfcntl(3, F_OFD_SETLK, b'')", False),
+        ("kvmd/virtio/disk.py", "from fcntl import fcntl, ioctl", True),
+        ("kvmd/virtio/disk.py", "import fcntl\nfcntl.ioctl(3, 4)", True),
+        ("kvmd/virtio/net.py", "from fcntl import fcntl", True),
+        ("kvmd/network/tap.py", "from fcntl import ioctl\nioctl(1, 2)", False),
+        ("kvmd/network/tap.py", "import fcntl", True),
+        ("kvmd/network/tap.py", "uapi.KVM_RUN", True),
+        ("kvmd/network/links.py", "from fcntl import ioctl", True),
     ],
 )
-def test_a_lock_is_no_ioctl_where_locks_belong(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
+def test_locks_and_taps_have_their_places(file: str, source: str, told: bool) -> None:  # noqa: FBT001 - a table
     assert bool(stray_ioctls(planted(file, source))) is told
 
 

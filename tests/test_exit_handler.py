@@ -10,8 +10,9 @@ from kvmd.conversion.livelock import FIRST_SAMPLE, SAMPLE_EVERY, STUCK_AFTER
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
 from kvmd.conversion_service import Waiter
 from kvmd.devices.console import ConsoleOutput
-from kvmd.devices.mmio import MmioCounter
+from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
+from kvmd.devices.power import RESET_PORT, EndSwitch, GuestEnd, acpi_reset
 from kvmd.devices.uart16550 import Uart16550
 from kvmd.exit_handler import CONVERSION_PORT, EXIT_PORT, ExitHandler, Next, VcpuEnded, VcpuSurroundings
 from kvmd.hv.exits import (
@@ -32,7 +33,7 @@ from kvmd.hv.exits import (
     UnsupportedInstruction,
 )
 from kvmd.hv.vcpu import Registers
-from kvmd.ranges import PageState
+from kvmd.ranges import GpaRange, PageState
 from kvmd.stop import Stop, StopReason
 from kvmd.units import MIB, PAGE_SIZE
 from tests.fakes import C_BIT, FakeVcpu, RecordingProtection
@@ -298,3 +299,69 @@ def test_a_fetch_outside_memory_is_named() -> None:
     stop = rig.stop(EmulationFailure(b""))
     assert stop.reason is StopReason.FETCH_OUTSIDE_MEMORY
     assert f"gpa {MEMORY:#x}" in stop.message
+
+
+class LinuxRig(Rig):
+    """The same in a Linux machine: with devices on a bus, and a switch for its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switch = EndSwitch()
+        self.bus = MmioBus()
+        self.ports.add(RESET_PORT, 1, acpi_reset(self.switch))
+        around = VcpuSurroundings(self.service, self.protection, self.ports, self.mmio, self.bus, self.switch)
+        self.handler = ExitHandler(self.vcpu, around)
+
+
+class Register:
+    """Remembers the last store, and reads as it."""
+
+    def __init__(self) -> None:
+        self.value = b"\1\2\3\4"
+        self.offset = -1
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        self.offset = offset
+        return self.value[:size_bytes]
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.offset, self.value = offset, data
+
+
+def test_a_device_on_the_bus_answers_in_place_of_memory() -> None:
+    rig, register = LinuxRig(), Register()
+    rig.bus.add(GpaRange(PAGE, PAGE + PAGE_SIZE), register)
+    assert rig.answer(Mmio(PAGE + 8, 4, is_write=False, data=b"")) is Next.COMPLETE
+    assert (rig.vcpu.read, register.offset) == (b"\1\2\3\4", 8)
+    assert rig.answer(Mmio(PAGE + 0x50, 2, is_write=True, data=b"ab")) is Next.COMPLETE
+    assert (register.value, register.offset) == (b"ab", 0x50)
+    assert rig.service.requests == []
+    assert rig.mmio.unclaimed == 0
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason", "status"),
+    [
+        (GuestEnd.POWER_OFF, StopReason.GUEST_POWER_OFF, 0),
+        (GuestEnd.REBOOT, StopReason.GUEST_REBOOT, 133),
+        (GuestEnd.PANIC, StopReason.GUEST_PANIC, 122),
+    ],
+)
+def test_the_switch_ends_a_linux_machine(wish: GuestEnd, reason: StopReason, status: int) -> None:
+    rig = LinuxRig()
+    assert rig.answer(out(0x80, b"\0")) is Next.COMPLETE
+    rig.switch.press(wish)
+    stop = rig.stop(out(0x80, b"\0"))
+    assert (stop.reason, stop.status) == (reason, status)
+
+
+def test_a_reset_register_ends_it_at_once() -> None:
+    assert LinuxRig().stop(out(RESET_PORT, b"\1")).reason is StopReason.GUEST_REBOOT
+
+
+def test_the_payload_s_ports_mean_nothing_to_linux() -> None:
+    rig = LinuxRig()
+    assert rig.answer(out(EXIT_PORT, b"\7")) is Next.COMPLETE
+    assert rig.answer(out(CONVERSION_PORT, b"\x0c")) is Next.COMPLETE
+    assert rig.service.requests == []
+    assert rig.ports.unclaimed_ports == (EXIT_PORT, CONVERSION_PORT)

@@ -348,7 +348,7 @@ def test_the_tests_insist_on_what_the_lab_has_and_keep_nothing(lab: Bench) -> No
     lab.stand_in(
         "python",
         f"""
-        echo "$KVMD_TEST_KVM $KVMD_TEST_PRIVATE_MEMORY $HOME $PYTHONDONTWRITEBYTECODE" >"$SEEN"
+        echo "$KVMD_TEST_KVM $KVMD_TEST_PRIVATE_MEMORY $KVMD_TEST_NETWORK $HOME $PYTHONDONTWRITEBYTECODE" >"$SEEN"
         echo "$HYPOTHESIS_STORAGE_DIRECTORY" "$@" >>"$SEEN"
         echo '{PASSED}'
         """,
@@ -356,7 +356,7 @@ def test_the_tests_insist_on_what_the_lab_has_and_keep_nothing(lab: Bench) -> No
     )
     assert lab.call("test", KVMD_TEST_KVM="off").status == 0
     environment, command = lab.seen.splitlines()
-    assert environment == "required required /tmp 1"
+    assert environment == "required required required /tmp 1"
     assert command == (
         "/run/hypothesis -m pytest -p no:cacheprovider --color=no tests/lab tests/kvm tests/hv tests/protection "
         "-m kvm or private_memory"

@@ -80,7 +80,8 @@ MACHINES = sorted(path for path in EXAMPLES.glob("*.toml") if path.name != "kvmd
 
 @pytest.mark.parametrize("path", MACHINES, ids=lambda path: path.name)
 def test_the_examples_are_right(path: Path) -> None:
-    assert load_spec(path).image.parent == GUESTS["hello"].path.parent
+    spec = load_spec(path)
+    assert spec.kernel is not None or spec.guest.parent == GUESTS["hello"].path.parent
 
 
 def test_a_relative_image_starts_at_the_folder_of_the_file(tmp_path: Path) -> None:
@@ -264,6 +265,50 @@ def test_an_arbitrary_document_is_a_machine_or_one_clear_line(document: dict[str
         complaints = ["none"]
         assert spec.vcpus >= 1
     assert len(complaints) == 1
+
+
+LINUX: dict[str, object] = {"kernel": "vmlinuz"}
+
+
+def test_a_linux_machine_has_its_own_defaults() -> None:
+    spec = spec_of(LINUX | {"initrd": "initrd.img", "disks": [{"path": "a.raw"}, {"path": "/b.raw"}]}, base=HERE)
+    assert (spec.kernel, spec.initrd, spec.image) == (HERE / "vmlinuz", HERE / "initrd.img", None)
+    assert (spec.protection, spec.initial, spec.name) == ("none", "shared", "vmlinuz")
+    assert [key for key, _ in spec.files] == ["kernel", "initrd", "disks[0].path", "disks[1].path"]
+    assert [disk.path for disk in spec.disks] == [HERE / "a.raw", Path("/b.raw")]
+
+
+@pytest.mark.parametrize(
+    ("document", "parts"),
+    [
+        ({}, ["image is missing", "for Linux, kernel"]),
+        (LINUX | {"image": "a.elf"}, ["not both"]),
+        ({"kernel": ""}, ["kernel: ''", "bzImage"]),
+        (LINUX | {"initrd": 5}, ["initrd: 5", "RAM disk"]),
+        (LINUX | {"cmdline": 5}, ["cmdline: 5", "console=ttyS0"]),
+        (LINUX | {"protection": "emulated"}, ['protection: "emulated" is not for Linux', '"none"']),
+        (LINUX | {"protection": "auto"}, ['protection: "auto" is not for Linux']),
+        (LINUX | {"protection": "guest-memfd", "initial": "private"}, ['initial: "private"', '"shared"']),
+        (LINUX | {"arguments": [1]}, ["arguments: only payloads"]),
+        (LINUX | {"disks": "a.raw"}, ["disks: 'a.raw'", "[[disks]]"]),
+        (LINUX | {"disks": ["a.raw"]}, ["disks[0]: 'a.raw'", "a table"]),
+        (LINUX | {"disks": [{}]}, ["disks[0].path: is missing", "raw disk image"]),
+        (LINUX | {"disks": [{"path": "a", "readonly": True}]}, ["disks[0].readonly", "did you mean read_only?"]),
+        (LINUX | {"disks": [{"path": "a"}, {"path": "b", "direct": 1}]}, ["disks[1].direct: 1", "true or false"]),
+        (LINUX | {"disks": [{"path": "a"}] * 9}, ["disks:", "up to 8"]),
+        (LINUX | {"networks": [{"kind": "tap"}]}, ["networks[0].kind: 'tap'"]),
+        (LINUX | {"entropy": "yes"}, ["entropy: 'yes'", "true or false"]),
+        ({"image": "a.elf", "cmdline": "quiet"}, ["cmdline: only Linux has it"]),
+        ({"image": "a.elf", "disks": [{"path": "a"}]}, ["disks: only Linux has it"]),
+        ({"image": "a.elf", "initrd": "i"}, ["initrd: only Linux has it"]),
+    ],
+)
+def test_what_is_wrong_with_a_linux_machine_is_said_likewise(document: dict[str, object], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        spec_of(document, base=HERE)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_limits_are_given_or_not() -> None:

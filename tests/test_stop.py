@@ -4,8 +4,9 @@ import pytest
 
 from kvmd.hv.exits import FaultDefect
 from kvmd.hv.vcpu import Registers
-from kvmd.stop import RESERVED_STATUSES, ExitStatus, Stop, StopReason
+from kvmd.stop import RESERVED_STATUSES, ExitStatus, LinuxStatus, Stop, StopReason
 
+IN_ORDER = {StopReason.GUEST_POWER_OFF: LinuxStatus.POWERED_OFF, StopReason.GUEST_REBOOT: LinuxStatus.REBOOT}
 REASONS = [reason for reason in StopReason if reason is not StopReason.GUEST_EXIT]
 
 
@@ -15,7 +16,7 @@ def test_kvmd_s_statuses_are_those_that_guests_may_not_use() -> None:
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_every_reason_has_a_reserved_status_and_a_name_for_the_log(reason: StopReason) -> None:
-    assert reason.exit_status in RESERVED_STATUSES
+    assert reason.exit_status in RESERVED_STATUSES or reason.exit_status is IN_ORDER[reason]
     assert reason.value == reason.value.lower().strip()
     assert set(reason.value) <= set("abcdefghijklmnopqrstuvwxyz-")
 

@@ -30,6 +30,16 @@ def units(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.glob("kvmd*.s*"))
 
 
+@pytest.fixture
+def service_with_networks(units: list[Path]) -> Path:
+    """The service with the drop-in that lets its machines have networks."""
+    service = next(unit for unit in units if unit.suffix == ".service")
+    folder = service.with_name("kvmd.service.d")
+    folder.mkdir()
+    shutil.copy(UNITS / "kvmd-network.conf", folder)
+    return service
+
+
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(  # noqa: S603 - systemd's own program
         ["systemd-analyze", *arguments],  # noqa: S607 - wherever it is
@@ -61,6 +71,17 @@ def test_the_daemon_and_machines_are_shut_in(units: list[Path], name: str) -> No
     found = re.search(r"exposure level for kvmd.*\.service: ([0-9.]+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
     assert float(found[1]) < MOST_EXPOSURE
+
+
+def test_networks_cost_one_capability_and_no_more(service_with_networks: Path) -> None:
+    done = analyze("verify", str(service_with_networks))
+    assert (done.stdout + done.stderr, done.returncode) == ("", 0)
+    done = analyze("security", "--offline=true", "--no-pager", str(service_with_networks))
+    found = re.search(r"exposure level for kvmd.service: ([0-9.]+)", done.stdout)
+    assert found is not None, done.stdout + done.stderr
+    assert float(found[1]) < MOST_EXPOSURE
+    granted = re.findall(r"^✗ (?:CapabilityBoundingSet|AmbientCapabilities)\S+", done.stdout, re.MULTILINE)
+    assert sorted(granted) == ["✗ AmbientCapabilities=", "✗ CapabilityBoundingSet=~CAP_NET_ADMIN"]
 
 
 def test_units_and_code_say_the_same() -> None:

@@ -53,6 +53,9 @@ class ControlApi:
             fleet=fleet,
             host=HostFacts.model_validate(host),
             image_folders=self._image_folders,
+            disk_folders=[Path(folder) for folder in config.disks.folders],
+            bridges=config.networks.bridges,
+            namespaces=config.networks.namespaces,
             figures=self._figures,
         )
         self._server = Server(make_app(services, rules), limits=_limits(config), log=log)

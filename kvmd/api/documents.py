@@ -55,7 +55,7 @@ def timestamp(wall_ns: int) -> str:
 
 def image_name(spec: MachineSpec) -> str:
     """Return an image as a client would name it."""
-    return _BUILTIN_NAMES.get(spec.image) or str(spec.image)
+    return _BUILTIN_NAMES.get(spec.guest) or str(spec.guest)
 
 
 def _spec(spec: MachineSpec) -> dict[str, object]:
@@ -76,6 +76,12 @@ def _spec(spec: MachineSpec) -> dict[str, object]:
             "max_ranges": bounds.max_ranges,
             "implicit": bounds.implicit,
         },
+        "initrd": None if spec.initrd is None else str(spec.initrd),
+        "cmdline": spec.cmdline,
+        "disks": [str(disk.path) for disk in spec.disks],
+        "networks": [network.bridge or network.kind for network in spec.networks],
+        "entropy": spec.kernel is not None and spec.entropy,
+        "balloon": spec.balloon,
         "limits": {"memory": spec.limits.memory, "cpus": spec.limits.cpus, "tasks": spec.limits.tasks},
     }
 

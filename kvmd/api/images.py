@@ -13,12 +13,12 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kvmd.api.problems import Problem, ProblemType
-from kvmd.errors import ImageError
-from kvmd.spec import BUILTIN_PREFIX
+from kvmd.errors import ConfigError, ImageError
+from kvmd.spec import BUILTIN_PREFIX, MachineSpec
 
 _SYS_OPENAT2 = 437
 """The same on every architecture (Linux 5.6)."""
@@ -29,6 +29,56 @@ _OPEN_HOW = struct.Struct("QQQ")
 """struct open_how: flags, mode, resolve (openat2(2))."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def opened_files(
+    spec: MachineSpec, image_folders: Sequence[Path], disk_folders: Sequence[Path], *, passed: int | None = None
+) -> Iterator[Sequence[int]]:
+    """Yield an open descriptor of each file that a machine's spec names, in the order of ``spec.files``.
+
+    Kernels and initial RAM disks are looked for as images are, disks in folders of their own: guests write to those.
+
+    Args:
+        spec: of the machine.
+        image_folders: allowed ones, as for ``opened_image``.
+        disk_folders: likewise, for disks.
+        passed: what the client passed in place of the first file.
+
+    Raises:
+        ImageError: one is in none of its folders, or is no file that can be read.
+    """
+    with ExitStack() as stack:
+        fds: list[int] = []
+        for index, (key, path) in enumerate(spec.files):
+            if index == 0 and passed is not None:
+                fds.append(passed)
+                continue
+            is_disk = key.startswith("disks")
+            fd = _open_in_folders(str(path), disk_folders if is_disk else image_folders, "disk" if is_disk else key)
+            stack.callback(os.close, fd)
+            fds.append(fd)
+        yield fds
+
+
+def check_networks(spec: MachineSpec, bridges: Sequence[str], *, namespaces: bool) -> None:
+    """Refuse networks that the administrator does not allow.
+
+    Raises:
+        ConfigError: there is one; the message says what would be right.
+    """
+    for index, network in enumerate(spec.networks):
+        if network.kind == "namespace":
+            if not namespaces:
+                raise ConfigError(
+                    f"networks[{index}]: no network namespaces are allowed here: have networks.namespaces set in "
+                    "kvmd.toml"
+                )
+        elif network.bridge not in bridges:
+            raise ConfigError(
+                f"networks[{index}].bridge: {network.bridge} is not one of the allowed bridges "
+                f"({', '.join(bridges) or 'none'}): have it allowed in kvmd.toml"
+            )
 
 
 @contextmanager
@@ -72,10 +122,10 @@ def check_passed(fd: int, image: str) -> str:
     return name if name not in {"", ".", ".."} else "passed"
 
 
-def _open_in_folders(image: str, folders: Sequence[Path]) -> int:
+def _open_in_folders(image: str, folders: Sequence[Path], what: str = "image") -> int:
     shown = image if image.isprintable() else repr(image)
     if "\0" in image:
-        raise ImageError(f"image: {shown} is no path")
+        raise ImageError(f"{what}: {shown} is no path")
     path = Path(image)
     problem = errno.ENOENT
     for folder in folders:
@@ -94,7 +144,7 @@ def _open_in_folders(image: str, folders: Sequence[Path]) -> int:
     where = ", ".join(str(folder) for folder in folders) or "none"
     why = "it leads out of them" if problem == errno.EXDEV else os.strerror(problem)
     raise ImageError(
-        f"cannot open the image {shown} in an allowed folder ({where}): {why}; pass the file itself, or have the "
+        f"cannot open the {what} {shown} in an allowed folder ({where}): {why}; pass the file itself, or have the "
         "folder allowed in kvmd.toml"
     )
 

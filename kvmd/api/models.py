@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import MachineState
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, TASKS_LIMIT, VCPU_LIMIT
+from kvmd.network.spec import ADDRESSES_LIMIT, MTU_LEAST, MTU_MOST, NETWORKS_LIMIT
+from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, TASKS_LIMIT, VCPU_LIMIT
 
 NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
 """The names that ``kvmd.spec`` allows."""
@@ -49,6 +50,29 @@ class ConversionRequest(Request):
     implicit: Literal["allow", "keep-explicit", "deny"] | None = None
 
 
+FileName = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class DiskRequest(Request):
+    """A disk of a Linux guest; see config/linux-disk.toml."""
+
+    path: FileName = Field(description="a raw image in a folder that is allowed for disks")
+    read_only: bool | None = None
+    direct: bool | None = None
+
+
+class NetworkRequest(Request):
+    """A network of a Linux guest; see config/linux-bridge.toml."""
+
+    kind: Literal["bridge", "made-bridge", "namespace"] | None = None
+    bridge: Annotated[str, Field(max_length=15)] | None = None
+    tap: Annotated[str, Field(max_length=15)] | None = None
+    mac: Annotated[str, Field(max_length=17)] | None = None
+    mtu: Annotated[int, Field(ge=MTU_LEAST, le=MTU_MOST)] | None = None
+    addresses: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=ADDRESSES_LIMIT)] | None = None
+    isolated: bool | None = None
+
+
 class LimitsRequest(Request):
     """What the machine's process may take of the host; see config/limits.toml."""
 
@@ -64,10 +88,22 @@ class LimitsRequest(Request):
 class MachineRequest(Request):
     """A machine to create: what the TOML file of `kvmd run` says."""
 
-    image: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+    image: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
         description=f"`{BUILTIN_PREFIX}` and the name of a built-in guest; a file in an allowed folder; or, where the "
-        "request carries an open file, its name"
+        "request carries an open file, its name",
     )
+    kernel: FileName | None = Field(
+        default=None,
+        description="for Linux, in place of `image`: a bzImage or an ELF vmlinux, in an allowed folder or passed "
+        "likewise",
+    )
+    initrd: FileName | None = Field(default=None, description="of Linux, in an allowed folder")
+    cmdline: Annotated[str, Field(max_length=65536)] | None = Field(default=None, description="of Linux")
+    disks: Annotated[list[DiskRequest], Field(max_length=DISKS_LIMIT)] | None = None
+    networks: Annotated[list[NetworkRequest], Field(max_length=NETWORKS_LIMIT)] | None = None
+    entropy: bool | None = None
+    balloon: bool | None = None
     name: Name | None = Field(default=None, description="by default made of the image's")
     vcpus: Annotated[int, Field(ge=1, le=VCPU_LIMIT)] | None = None
     memory: Size | None = None
@@ -115,6 +151,12 @@ class Spec(Answer):
     cpl: int
     arguments: list[int]
     conversion: ConversionBounds
+    initrd: str | None
+    cmdline: str
+    disks: list[str]
+    networks: list[str]
+    entropy: bool
+    balloon: bool
     limits: Limits
 
 

@@ -47,12 +47,18 @@ class Services:
         fleet: the machines.
         host: what the host can do, asked once.
         image_folders: folders whose files an operator may start.
+        disk_folders: folders whose files an operator may give to a guest as a disk.
+        bridges: names of bridges that an operator may attach guests to.
+        namespaces: whether an operator may give a guest a network namespace.
         figures: asks the server about itself.
     """
 
     fleet: Fleet
     host: HostFacts
     image_folders: Sequence[Path] = ()
+    disk_folders: Sequence[Path] = ()
+    bridges: Sequence[str] = ()
+    namespaces: bool = False
     figures: Callable[[], ServerFigures] = ServerFigures
 
 

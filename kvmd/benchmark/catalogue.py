@@ -32,18 +32,16 @@ SUMMARIES = {
 
 _APART = {"profile": "where the time of a conversion goes, by function (needs py-spy; not part of `all`)"}
 
-_IN_SOURCES = {"linux": "a Linux guest beside QEMU microvm: to init, its disk and its network (in the lab)"}
+_IN_SOURCES = {
+    "linux": "a Linux guest beside QEMU microvm: to init, its disk and its network (in the lab; not part of `all`)"
+}
 """Those that run the tests' guests, so that only a source tree has them: ``bench/NAME.py``."""
 
 
 def summaries() -> dict[str, str]:
-    """Return all that can be asked for."""
-    return in_all() | _APART
-
-
-def in_all() -> dict[str, str]:
-    """Return what `kvmd bench all` measures."""
-    return SUMMARIES | {name: what for name, what in _IN_SOURCES.items() if (PROGRAMS / f"{name}.py").exists()}
+    """Return all that can be asked for; `all` measures ``SUMMARIES``."""
+    here = {name: what for name, what in _IN_SOURCES.items() if (PROGRAMS / f"{name}.py").exists()}
+    return SUMMARIES | _APART | here
 
 
 def run(name: str, options: Options) -> Report:

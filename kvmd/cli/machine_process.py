@@ -48,7 +48,7 @@ def _live_in(folder: Path) -> int:
     with ExitStack() as stack:
         opened = stack.enter_context(MachineFolder.open(folder))
         listening = _listen(opened, folder)
-        inherited = Inheritance(os.dup(opened.fd), listening.detach(), None, None)
+        inherited = Inheritance(os.dup(opened.fd), listening.detach(), None, ())
     return live(inherited, Machine.open)
 
 

@@ -17,7 +17,7 @@ from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
 from kvmd.nonblocking import NonBlockingWriter, write_within
 from kvmd.options import log_options, machine_options
-from kvmd.spec import MachineSpec, load_spec, resolve_image
+from kvmd.spec import MachineSpec, load_spec, resolve_file, resolve_image
 from kvmd.stop import RESERVED_STATUSES, ExitStatus
 
 STDERR = "-"
@@ -37,7 +37,10 @@ Exit status: the guest's own, 0 to {RESERVED_STATUSES.start - 1} and {RESERVED_S
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("target", metavar="SPEC.toml|GUEST.elf|builtin:NAME")
+@click.argument("target", metavar="SPEC.toml|GUEST.elf|builtin:NAME", required=False)
+@click.option("--kernel", metavar="FILE", help="Run Linux: a bzImage, or an ELF vmlinux with PVH.")
+@click.option("--initrd", metavar="FILE", help="Linux's initial RAM disk.")
+@click.option("--cmdline", metavar="TEXT", help="The kernel's command line, such as 'console=ttyS0'.")
 @machine_options
 @click.option(
     "--conversions",
@@ -46,7 +49,7 @@ Exit status: the guest's own, 0 to {RESERVED_STATUSES.start - 1} and {RESERVED_S
 )
 @log_options
 def run(
-    target: str,
+    target: str | None,
     conversions: str | None,
     log_format: log.LogFormat | None,
     log_level: log.LogLevel,
@@ -55,7 +58,8 @@ def run(
     """Run one guest in the foreground.
 
     The guest's console goes to stdout, the log to stderr. The guest is described by a TOML file (see config/), or
-    is an ELF file, or one of those that kvmd brings along, such as builtin:hello; options override the file.
+    is an ELF file, or one of those that kvmd brings along, such as builtin:hello, or is Linux (--kernel); options
+    override the file.
     """
     spec = spec_from(target, overrides)
     if spec.limits.given:
@@ -91,17 +95,24 @@ def run(
         return trio.run(foreground.run).status
 
 
-def spec_from(target: str, overrides: dict[str, object]) -> MachineSpec:
+def spec_from(target: str | None, overrides: dict[str, object]) -> MachineSpec:
     """Return the machine that the command line asks for.
 
     Args:
-        target: a TOML file, an image, or ``builtin:`` and a name.
+        target: a TOML file, an image, or ``builtin:`` and a name; None where ``overrides`` has a kernel.
         overrides: fields of the spec; None or an empty tuple where the command line said nothing.
 
     Raises:
         ConfigError: there is no such machine.
     """
     given = {key: value for key, value in overrides.items() if value not in (None, ())}
+    for key in given.keys() & {"kernel", "initrd"}:
+        given[key] = resolve_file(key, given[key], base=Path())
+    if target is None:
+        kernel = given.pop("kernel", None)
+        if not isinstance(kernel, Path):
+            raise ConfigError("there is nothing to run: name a TOML file, an image, builtin:NAME, or --kernel FILE")
+        return MachineSpec(kernel=kernel).with_overrides(**given)
     if target.endswith(".toml"):
         return load_spec(Path(target)).with_overrides(**given)
     return MachineSpec(image=resolve_image(target, base=Path())).with_overrides(**given)

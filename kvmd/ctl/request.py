@@ -59,14 +59,26 @@ def wanted(target: str, overrides: Mapping[str, object]) -> Wanted:
         for key, value in overrides.items()
         if value not in (None, ())
     )
-    image = document.get("image")
+    key = "image" if "kernel" not in document else "kernel"
+    image = document.get(key)
     if not isinstance(image, str) or not image or "\0" in image:
-        raise Mistake(f"{shown(target)}: image is missing, or no path")
-    if image.startswith(BUILTIN_PREFIX):
+        raise Mistake(f"{shown(target)}: {key} is missing, or no path")
+    if key == "image" and image.startswith(BUILTIN_PREFIX):
         return Wanted(document, None)
     # A file names its image as seen from where it is.
     base = Path(target).parent if target.endswith(".toml") else Path()
+    _name_from_anywhere(document, base)
     return Wanted(document, base / image)
+
+
+def _name_from_anywhere(document: dict[str, object], base: Path) -> None:
+    """Make absolute what kvmd opens by its name: a Linux guest's initial RAM disk and disks."""
+    if isinstance(initrd := document.get("initrd"), str):
+        document["initrd"] = str((base / initrd).absolute())
+    disks = document.get("disks")
+    for disk in disks if isinstance(disks, list) else []:
+        if isinstance(disk, dict) and isinstance(path := disk.get("path"), str):
+            disk["path"] = str((base / path).absolute())
 
 
 def create(client: Client, machine: Wanted) -> dict[str, Any]:

@@ -9,6 +9,10 @@ DEFAULT_CAPACITY = 65536
 """Bytes that wait at most before a vCPU that prints has to."""
 
 
+TAIL_BYTES = 4096
+"""Bytes of the last output that are kept, to say what a guest that panicked said last."""
+
+
 def _nobody() -> None:
     """Wake no one: nobody reads yet."""
 
@@ -40,11 +44,17 @@ class ConsoleOutput:
         self._bytes = bytearray()
         self._released = 0
         self._total = 0
+        self._taken_last = b""
 
     @property
     def total_bytes(self) -> int:
         """Bytes printed so far."""
         return self._total
+
+    def tail(self) -> bytes:
+        """Return the last that was printed, up to ``TAIL_BYTES``, whether it was taken or not."""
+        with self._room:
+            return (self._taken_last + self._bytes)[-TAIL_BYTES:]
 
     def put(self, byte: int) -> None:
         """Add one byte, 0 to 255. Blocks the calling thread while the buffer is full and not released."""
@@ -63,6 +73,7 @@ class ConsoleOutput:
         with self._room:
             taken = bytes(self._bytes)
             self._bytes.clear()
+            self._taken_last = (self._taken_last + taken)[-TAIL_BYTES:]
             self._room.notify_all()
         return taken
 

@@ -32,6 +32,7 @@ class ConsoleInput:
         self._lock = threading.Lock()
         self._bytes = bytearray()
         self._wake: Callable[[], None] = _nobody
+        self._arrived: Callable[[], None] = _nobody
 
     @property
     def waiting(self) -> bool:
@@ -43,7 +44,9 @@ class ConsoleInput:
         with self._lock:
             taken = data[: self._capacity - len(self._bytes)]
             self._bytes += taken
-            return len(taken)
+        if taken:
+            self._arrived()
+        return len(taken)
 
     def take(self) -> int | None:
         """Return the next byte, 0 to 255, or None where there is none. Called from vCPU threads."""
@@ -54,6 +57,13 @@ class ConsoleInput:
             wake = _nobody if self._bytes else self._wake
         wake()
         return byte
+
+    def set_arrived(self, arrived: Callable[[], None]) -> None:
+        """Call ``arrived`` from now on when bytes came in, for a device that interrupts.
+
+        It must neither block nor raise. To be set before the first vCPU runs.
+        """
+        self._arrived = arrived
 
     def set_wake(self, wake: Callable[[], None]) -> None:
         """Call ``wake`` from now on, from any thread, when the last byte was taken. It must neither block nor raise."""

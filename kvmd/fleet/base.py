@@ -178,14 +178,15 @@ class Fleet(Protocol):
         """Return one."""
 
     async def create(
-        self, spec: MachineSpec, *, owner_uid: int, image: int | None = None, any_name: bool = False
+        self, spec: MachineSpec, *, owner_uid: int, files: Sequence[int] = (), any_name: bool = False
     ) -> MachineInfo:
         """Make a machine's process, with memory and vCPUs, not running yet.
 
         Args:
             spec: of a name that is free. (A spec always has one: without another, its image's.)
             owner_uid: who asked.
-            image: an open file to load in place of ``spec.image``, which is only its name then. The caller closes it.
+            files: open ones in place of those that the spec names (``spec.files``), one for each, in their order; or
+                none. The caller closes them.
             any_name: where the name is taken, use it with a number after it.
 
         Raises:

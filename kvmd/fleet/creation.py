@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
 import msgspec
@@ -39,7 +40,7 @@ class Creator:
         self._parent = parent
         self._last_created_ns = 0
 
-    async def create(self, spec: MachineSpec, *, owner_uid: int, image: int | None) -> Entry:
+    async def create(self, spec: MachineSpec, *, owner_uid: int, files: Sequence[int]) -> Entry:
         """Return a machine whose process is there; its name must be free, and nobody else may be using it.
 
         Raises:
@@ -56,7 +57,7 @@ class Creator:
         except OSError as error:
             raise HostError(f"cannot make a folder for the machine: {error.strerror}") from error
         try:
-            birth, pidfd = await self._be_born(folder, MachineFile(spec, owner_uid, created_ns), image)
+            birth, pidfd = await self._be_born(folder, MachineFile(spec, owner_uid, created_ns), files)
         except BaseException as error:
             self._undo(folder, spec.name)
             if isinstance(error, OSError):
@@ -75,7 +76,7 @@ class Creator:
         )
         return Entry(info, folder, pidfd)
 
-    async def _be_born(self, folder: MachineFolder, about: MachineFile, image: int | None) -> tuple[Birth, int]:
+    async def _be_born(self, folder: MachineFolder, about: MachineFile, files: Sequence[int]) -> tuple[Birth, int]:
         with ExitStack() as stack:
             folder.write(MACHINE, about)
             ours, its = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -86,7 +87,7 @@ class Creator:
                 # Made here, so that whoever looks finds it from the beginning: a connection to it is refused when,
                 # and only when, there is no process that will ever answer.
                 listening = handed_over.enter_context(listen_in(folder))
-                fds = [folder.fd, listening.fileno(), its, *([] if image is None else [image])]
+                fds = [folder.fd, listening.fileno(), its, *files]
                 unit = await self._parent.spawn(fds, about.spec)
             with ExitStack() as failed:
                 failed.callback(self._parent.release, unit)

@@ -134,13 +134,13 @@ class LocalFleet:
         return self._entry(name).info
 
     async def create(
-        self, spec: MachineSpec, *, owner_uid: int, image: int | None = None, any_name: bool = False
+        self, spec: MachineSpec, *, owner_uid: int, files: Sequence[int] = (), any_name: bool = False
     ) -> MachineInfo:
         """Make a machine's process, with memory and vCPUs, not running yet."""
         name = self._free_name(spec.name, any_name=any_name)
         self._reserved.add(name)
         try:
-            entry = await self._creator.create(spec.with_overrides(name=name), owner_uid=owner_uid, image=image)
+            entry = await self._creator.create(spec.with_overrides(name=name), owner_uid=owner_uid, files=files)
         finally:
             self._reserved.discard(name)
         self._add(entry)

@@ -1,4 +1,4 @@
-"""The special registers of a vCPU in 64-bit mode, without any table in guest memory."""
+"""The special registers of a vCPU as it starts: in 64-bit mode, or in flat 32-bit protected mode."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ _EFER_NXE: Final = 1 << 11
 _TYPE_CODE: Final = 0xB  # execute, read, accessed
 _TYPE_DATA: Final = 0x3  # read, write, accessed
 
+_TYPE_BUSY_TSS: Final = 0xB
+
 _KERNEL: Final = 0
 _USER: Final = 3
 # Linux's numbering (asm/segment.h), so that a dump of registers reads as one expects; RPL as the CPL.
 _SELECTORS: Final = {_KERNEL: (0x10, 0x18), _USER: (0x33, 0x2B)}
 
 
-def enter_long_mode(sregs: Sregs, *, cr3: int, cpl: int) -> None:
+def enter_long_mode(sregs: Sregs, *, cr3: int, cpl: int, gdt: tuple[int, int] | None = None) -> None:
     """Change ``sregs``, as KVM_GET_SREGS gave them, to 64-bit mode with flat segments.
 
-    GDT and IDT are empty, so any exception in the guest is a triple fault. TR, LDTR and the APIC's base stay
-    as they were after reset.
+    The IDT is empty, so any exception in the guest is a triple fault. TR, LDTR and the APIC's base stay as they were
+    after reset.
 
     Args:
         sregs: changed in place.
         cr3: guest-physical address of the page tables' root, C-bit included.
         cpl: privilege level, 0 or 3.
+        gdt: address and size in bytes of a table in guest memory that the selectors fit; none by default.
 
     Raises:
         ValueError: ``cpl`` is another.
@@ -52,9 +55,35 @@ def enter_long_mode(sregs: Sregs, *, cr3: int, cpl: int) -> None:
     sregs.cs = Segment(selector=code, type=_TYPE_CODE, l=1, **flat)
     for name in ("ds", "es", "fs", "gs", "ss"):
         setattr(sregs, name, Segment(selector=data, type=_TYPE_DATA, db=1, **flat))
-    sregs.gdt = Dtable()
+    sregs.gdt = _table(gdt)
     sregs.idt = Dtable()
     sregs.cr0 = _CR0_PG | _CR0_AM | _CR0_WP | _CR0_NE | _CR0_ET | _CR0_MP | _CR0_PE
     sregs.cr3 = cr3
     sregs.cr4 = _CR4_PAE | _CR4_OSFXSR | _CR4_OSXMMEXCPT
     sregs.efer = _EFER_LME | _EFER_LMA | _EFER_NXE | _EFER_SCE
+
+
+def enter_protected_mode(sregs: Sregs, *, gdt: tuple[int, int]) -> None:
+    """Change ``sregs``, as KVM_GET_SREGS gave them, to 32-bit protected mode with flat segments, without paging.
+
+    That is where a PVH kernel starts (Xen's docs/misc/pvh.markdown). The selectors are those of ``enter_long_mode`` at
+    privilege level 0.
+
+    Args:
+        sregs: changed in place.
+        gdt: address and size in bytes of a table in guest memory that the selectors fit.
+    """
+    code, data = _SELECTORS[_KERNEL]
+    flat = {"limit": 0xFFFF_FFFF, "present": 1, "s": 1, "g": 1, "db": 1}
+    sregs.cs = Segment(selector=code, type=_TYPE_CODE, **flat)
+    for name in ("ds", "es", "fs", "gs", "ss"):
+        setattr(sregs, name, Segment(selector=data, type=_TYPE_DATA, **flat))
+    sregs.tr = Segment(limit=0x67, type=_TYPE_BUSY_TSS, present=1)
+    sregs.gdt = _table(gdt)
+    sregs.idt = Dtable()
+    sregs.cr0 = _CR0_ET | _CR0_PE
+    sregs.cr3 = sregs.cr4 = sregs.efer = 0
+
+
+def _table(place: tuple[int, int] | None) -> Dtable:
+    return Dtable() if place is None else Dtable(base=place[0], limit=place[1] - 1)

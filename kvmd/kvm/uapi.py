@@ -130,6 +130,55 @@ class SignalMask(ctypes.Structure):
     _fields_ = (("len", u32),)
 
 
+class PitConfig(ctypes.Structure):
+    """``struct kvm_pit_config``."""
+
+    _fields_ = (("flags", u32), ("pad", u32 * 15))
+
+
+class IrqFd(ctypes.Structure):
+    """``struct kvm_irqfd``."""
+
+    _fields_ = (("fd", u32), ("gsi", u32), ("flags", u32), ("resamplefd", u32), ("pad", u8 * 16))
+
+
+class IoEventFd(ctypes.Structure):
+    """``struct kvm_ioeventfd``."""
+
+    _fields_ = (
+        ("datamatch", u64),
+        ("addr", u64),
+        ("len", u32),
+        ("fd", ctypes.c_int32),
+        ("flags", u32),
+        ("pad", u8 * 36),
+    )
+
+
+class MsrEntry(ctypes.Structure):
+    """``struct kvm_msr_entry``."""
+
+    _fields_ = (("index", u32), ("reserved", u32), ("data", u64))
+
+
+class Msrs(ctypes.Structure):
+    """``struct kvm_msrs`` without its flexible array, which follows it."""
+
+    _fields_ = (("nmsrs", u32), ("pad", u32))
+
+
+class LapicState(ctypes.Structure):
+    """``struct kvm_lapic_state``: the registers of a local APIC, as they lie in its page."""
+
+    _fields_ = (("regs", u8 * 0x400),)
+
+
+class Address(ctypes.Structure):
+    """A ``__u64``, as KVM_SET_IDENTITY_MAP_ADDR takes it."""
+
+    _fields_ = (("value", u64),)
+
+
 # --- ioctls of /dev/kvm
 
 KVM_GET_API_VERSION = io(0x00)
@@ -142,7 +191,13 @@ KVM_GET_SUPPORTED_CPUID = iowr(0x05, Cpuid2)
 
 KVM_CREATE_VCPU = io(0x41)
 KVM_SET_USER_MEMORY_REGION = iow(0x46, UserspaceMemoryRegion)
+KVM_SET_TSS_ADDR = io(0x47)
+KVM_SET_IDENTITY_MAP_ADDR = iow(0x48, Address)
 KVM_SET_USER_MEMORY_REGION2 = iow(0x49, UserspaceMemoryRegion2)  # Linux 6.8
+KVM_CREATE_IRQCHIP = io(0x60)
+KVM_IRQFD = iow(0x76, IrqFd)
+KVM_CREATE_PIT2 = iow(0x77, PitConfig)
+KVM_IOEVENTFD = iow(0x79, IoEventFd)
 KVM_ENABLE_CAP = iow(0xA3, EnableCap)
 KVM_SET_MEMORY_ATTRIBUTES = iow(0xD2, MemoryAttributes)  # Linux 6.8
 KVM_CREATE_GUEST_MEMFD = iowr(0xD4, CreateGuestMemfd)  # Linux 6.8
@@ -155,18 +210,28 @@ KVM_SET_REGS = iow(0x82, Regs)
 KVM_GET_SREGS = ior(0x83, Sregs)
 KVM_SET_SREGS = iow(0x84, Sregs)
 KVM_TRANSLATE = iowr(0x85, Translation)
+KVM_SET_MSRS = iow(0x89, Msrs)
 KVM_SET_SIGNAL_MASK = iow(0x8B, SignalMask)
+KVM_GET_LAPIC = ior(0x8E, LapicState)
+KVM_SET_LAPIC = iow(0x8F, LapicState)
 KVM_SET_CPUID2 = iow(0x90, Cpuid2)
 
 KVM_API_VERSION = 12
 
 # --- capabilities
 
+KVM_CAP_IRQCHIP = 0
 KVM_CAP_USER_MEMORY = 3
+KVM_CAP_SET_TSS_ADDR = 4
 KVM_CAP_EXT_CPUID = 7
 KVM_CAP_NR_VCPUS = 9
 KVM_CAP_NR_MEMSLOTS = 10
+KVM_CAP_IRQFD = 32
+KVM_CAP_PIT2 = 33
+KVM_CAP_IOEVENTFD = 36
+KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
 KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_CHECK_EXTENSION_VM = 105
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_EXIT_HYPERCALL = 201
@@ -185,6 +250,8 @@ KVM_MEM_GUEST_MEMFD = 1 << 2  # Linux 6.8; a flag of a memory region
 KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3  # Linux 6.8
 GUEST_MEMFD_FLAG_MMAP = 1 << 0  # Linux 6.18
 GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1  # Linux 6.18
+KVM_PIT_SPEAKER_DUMMY = 1 << 0
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
 KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7  # Linux 6.12; deleting a slot drops the page tables of the whole VM
 KVM_HC_MAP_GPA_RANGE = 12  # linux/kvm_para.h; also its bit in KVM_CAP_EXIT_HYPERCALL
 

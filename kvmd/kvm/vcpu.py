@@ -9,7 +9,7 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from mmap import mmap
 from typing import NoReturn
 
@@ -27,16 +27,22 @@ from kvmd.kvm.run_page import (
     IMMEDIATE_EXIT_OFFSET,
     KVM_EXIT_HYPERCALL,
 )
-from kvmd.kvm.segments import enter_long_mode
+from kvmd.kvm.segments import enter_long_mode, enter_protected_mode
 from kvmd.kvm.uapi import (
+    KVM_GET_LAPIC,
     KVM_GET_REGS,
     KVM_GET_SREGS,
     KVM_RUN,
     KVM_SET_CPUID2,
+    KVM_SET_LAPIC,
+    KVM_SET_MSRS,
     KVM_SET_REGS,
     KVM_SET_SIGNAL_MASK,
     KVM_SET_SREGS,
     KVM_TRANSLATE,
+    LapicState,
+    MsrEntry,
+    Msrs,
     Regs,
     SignalMask,
     Sregs,
@@ -53,6 +59,13 @@ _U64 = struct.Struct("=Q")
 _REGISTERS = struct.Struct("=18Q")  # Regs, in the order of kvmd.hv.vcpu.Registers
 _SIGSET_BYTES = 8
 """The size of the kernel's sigset_t, which KVM insists on; that of the C library is 128."""
+
+# Offsets and delivery modes of the local vector table: Intel SDM volume 3A, 11.5.1.
+_APIC_LVT_LINT0 = 0x350
+_APIC_LVT_LINT1 = 0x360
+_APIC_MODE_SHIFT = 8
+_APIC_MODE_NMI = 0b100
+_APIC_MODE_EXTINT = 0b111
 
 _HYPERCALL_RESULTS = (0, errno_codes.EINVAL, errno_codes.EAGAIN)
 
@@ -235,18 +248,66 @@ class KvmVcpu:
         table = write_table(with_apic_id(entries, self._index))
         self._ioctl(KVM_SET_CPUID2, ctypes.addressof(table), "set the CPUID")
 
-    def set_long_mode(self, *, cr3: int, cpl: int) -> None:
+    def set_long_mode(self, *, cr3: int, cpl: int, gdt: tuple[int, int] | None = None) -> None:
         """Put the vCPU into 64-bit mode; see ``kvmd.hv.vcpu.Vcpu.set_long_mode``.
+
+        Args:
+            cr3: as there.
+            cpl: as there.
+            gdt: address and size in bytes of a descriptor table in guest memory; none by default.
 
         Raises:
             BackendError: KVM refused, such as EINVAL where ``set_cpuid`` did not come first.
             ValueError: ``cpl`` is neither 0 nor 3.
         """
-        sregs = Sregs()
-        address = ctypes.addressof(sregs)
-        self._ioctl(KVM_GET_SREGS, address, "get the special registers")
-        enter_long_mode(sregs, cr3=cr3, cpl=cpl)
-        self._ioctl(KVM_SET_SREGS, address, "set the special registers")
+        sregs = self._special_registers()
+        enter_long_mode(sregs, cr3=cr3, cpl=cpl, gdt=gdt)
+        self._ioctl(KVM_SET_SREGS, ctypes.addressof(sregs), "set the special registers")
+
+    def set_protected_mode(self, *, gdt: tuple[int, int]) -> None:
+        """Put the vCPU into flat 32-bit protected mode without paging, where a PVH kernel starts.
+
+        Args:
+            gdt: address and size in bytes of the descriptor table in guest memory.
+
+        Raises:
+            BackendError: KVM refused.
+        """
+        sregs = self._special_registers()
+        enter_protected_mode(sregs, gdt=gdt)
+        self._ioctl(KVM_SET_SREGS, ctypes.addressof(sregs), "set the special registers")
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """Write model-specific registers, value by number (4.19 KVM_SET_MSRS).
+
+        Raises:
+            BackendError: KVM refused one; it says which.
+        """
+        buffer = ctypes.create_string_buffer(ctypes.sizeof(Msrs) + len(values) * ctypes.sizeof(MsrEntry))
+        Msrs.from_buffer(buffer).nmsrs = len(values)
+        entries = (MsrEntry * len(values)).from_buffer(buffer, ctypes.sizeof(Msrs))
+        for entry, (index, value) in zip(entries, values.items(), strict=True):
+            entry.index, entry.data = index, value
+        # It returns how many it wrote, and stops at the first that it does not know.
+        written = raw_ioctl(self._fd.fileno(), KVM_SET_MSRS, ctypes.addressof(buffer))
+        if written < 0:
+            _fail("set the model-specific registers", self._index)
+        if written < len(values):
+            refused = list(values)[written]
+            raise BackendError(f"cannot set model-specific register {refused:#x} of vCPU {self._index}")
+
+    def connect_local_interrupts(self) -> None:
+        """Set up the local APIC's own pins as a PC's firmware does: LINT0 takes the PICs, LINT1 the NMI.
+
+        Raises:
+            BackendError: KVM refused, such as EINVAL for a VM without an interrupt controller in the kernel.
+        """
+        state = LapicState()
+        address = ctypes.addressof(state)
+        self._ioctl(KVM_GET_LAPIC, address, "get the local APIC")
+        _U32.pack_into(state, _APIC_LVT_LINT0, _APIC_MODE_EXTINT << _APIC_MODE_SHIFT)
+        _U32.pack_into(state, _APIC_LVT_LINT1, _APIC_MODE_NMI << _APIC_MODE_SHIFT)
+        self._ioctl(KVM_SET_LAPIC, address, "set the local APIC")
 
     def registers(self) -> Registers:
         """Read the registers (4.11 KVM_GET_REGS).
@@ -299,6 +360,11 @@ class KvmVcpu:
         mask = bytes(SignalMask(_SIGSET_BYTES)) + bits.to_bytes(_SIGSET_BYTES, sys.byteorder)
         buffer = ctypes.create_string_buffer(mask, len(mask))
         self._ioctl(KVM_SET_SIGNAL_MASK, ctypes.addressof(buffer), "set the signal mask")
+
+    def _special_registers(self) -> Sregs:
+        sregs = Sregs()
+        self._ioctl(KVM_GET_SREGS, ctypes.addressof(sregs), "get the special registers")
+        return sregs
 
     def _exit_reason(self) -> int:
         self._fd.fileno()  # for its error: struct's own, of a closed mapping, would puzzle

@@ -19,15 +19,27 @@ from kvmd.kvm.uapi import (
     KVM_CAP_USER_MEMORY2,
     KVM_CHECK_EXTENSION,
     KVM_CREATE_GUEST_MEMFD,
+    KVM_CREATE_IRQCHIP,
+    KVM_CREATE_PIT2,
     KVM_CREATE_VCPU,
     KVM_ENABLE_CAP,
+    KVM_IOEVENTFD,
+    KVM_IOEVENTFD_FLAG_DATAMATCH,
+    KVM_IRQFD,
     KVM_MEM_GUEST_MEMFD,
+    KVM_PIT_SPEAKER_DUMMY,
+    KVM_SET_IDENTITY_MAP_ADDR,
     KVM_SET_MEMORY_ATTRIBUTES,
+    KVM_SET_TSS_ADDR,
     KVM_SET_USER_MEMORY_REGION,
     KVM_SET_USER_MEMORY_REGION2,
+    Address,
     CreateGuestMemfd,
     EnableCap,
+    IoEventFd,
+    IrqFd,
     MemoryAttributes,
+    PitConfig,
     UserspaceMemoryRegion2,
 )
 from kvmd.kvm.vcpu import KvmVcpu
@@ -217,6 +229,57 @@ class Vm(Closing):
         argument = MemoryAttributes(gpa_range.start, gpa_range.size_bytes, attributes, 0)
         if raw_ioctl(self._fd.fileno(), KVM_SET_MEMORY_ATTRIBUTES, ctypes.addressof(argument)):
             _fail(f"set attributes {attributes:#x} on {gpa_range}", "KVM_CAP_MEMORY_ATTRIBUTES")
+
+    def create_interrupt_controllers(self, *, tss_gpa: int, identity_map_gpa: int) -> None:
+        """Give the VM the PC's interrupt controllers and timer, inside the kernel. Before any vCPU.
+
+        These are two PICs, an IOAPIC of 24 pins, a local APIC for each vCPU (4.24 KVM_CREATE_IRQCHIP) and a PIT (4.71
+        KVM_CREATE_PIT2). GSI n is pin n of the IOAPIC, and below 16 the PICs' line too. From now on HLT does not leave
+        the guest, and all vCPUs but the first wait for the guest to start them.
+
+        Args:
+            tss_gpa: three pages outside memory that Intel's processors need for real mode (4.35 KVM_SET_TSS_ADDR).
+            identity_map_gpa: a page likewise (4.36 KVM_SET_IDENTITY_MAP_ADDR).
+
+        Raises:
+            BackendError: KVM refused.
+        """
+        fd = self._fd.fileno()
+        address = Address(identity_map_gpa)
+        if raw_ioctl(fd, KVM_SET_IDENTITY_MAP_ADDR, ctypes.addressof(address)):
+            _fail(f"set the identity map's address to {identity_map_gpa:#x}")
+        if raw_ioctl(fd, KVM_SET_TSS_ADDR, tss_gpa):
+            _fail(f"set the address of the TSS to {tss_gpa:#x}")
+        if raw_ioctl(fd, KVM_CREATE_IRQCHIP, 0):
+            _fail("create the interrupt controllers")
+        # Port 0x61 comes with it: without that, a kernel that calibrates its clock by the PIT waits for ever.
+        pit = PitConfig(flags=KVM_PIT_SPEAKER_DUMMY)
+        if raw_ioctl(fd, KVM_CREATE_PIT2, ctypes.addressof(pit)):
+            _fail("create the PIT")
+
+    def connect_interrupt(self, eventfd: int, gsi: int) -> None:
+        """Raise interrupt line ``gsi`` once, as an edge, whenever ``eventfd`` is written (4.75 KVM_IRQFD).
+
+        It lasts until the eventfd's last descriptor is closed, or the VM is gone.
+
+        Raises:
+            BackendError: KVM refused, such as EBUSY for an eventfd that is connected already.
+        """
+        argument = IrqFd(fd=eventfd, gsi=gsi)
+        if raw_ioctl(self._fd.fileno(), KVM_IRQFD, ctypes.addressof(argument)):
+            _fail(f"connect an eventfd to interrupt line {gsi}")
+
+    def connect_notification(self, eventfd: int, gpa: int, value: int) -> None:
+        """Write ``eventfd`` whenever the guest stores ``value`` in 32 bits at ``gpa`` (4.59 KVM_IOEVENTFD).
+
+        The vCPU does not leave KVM_RUN for it. It lasts until the VM is gone, which keeps the eventfd alive.
+
+        Raises:
+            BackendError: KVM refused, such as EEXIST for an address and value that are connected already.
+        """
+        argument = IoEventFd(datamatch=value, addr=gpa, len=4, fd=eventfd, flags=KVM_IOEVENTFD_FLAG_DATAMATCH)
+        if raw_ioctl(self._fd.fileno(), KVM_IOEVENTFD, ctypes.addressof(argument)):
+            _fail(f"connect an eventfd to a store of {value} at {gpa:#x}")
 
     def create_vcpu(self, index: int, layout: FaultLayout) -> KvmVcpu:
         """Create vCPU number ``index`` (4.7 KVM_CREATE_VCPU), whose memory faults come as ``layout`` says.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvmd.devices.console_input import ConsoleInput
@@ -49,5 +49,5 @@ class HostedMachine(Runnable, Protocol):
 class OpenMachine(Protocol):
     """Makes machines: ``Machine.open``."""
 
-    def __call__(self, spec: MachineSpec, *, image: int | None = None) -> HostedMachine:
+    def __call__(self, spec: MachineSpec, *, files: Sequence[int] = ()) -> HostedMachine:
         """Build a machine. Raises KvmdError, and leaves nothing behind then."""

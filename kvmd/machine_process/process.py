@@ -53,13 +53,13 @@ class Inheritance:
         folder: of the machine's folder.
         listening: of its control socket, bound and listening.
         birth: of a pipe for ``Birth``, or None where nobody waits for it.
-        image: of the image, or None for the one that the spec names.
+        files: in place of those that the spec names (``MachineSpec.files``), one for each; or none.
     """
 
     folder: int
     listening: int
     birth: int | None
-    image: int | None
+    files: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +109,15 @@ def live(inherited: Inheritance, open_machine: OpenMachine, unit: Unit | None = 
             journal = stack.enter_context(Journal()) if unit is not None and unit.journal else None
             log.configure(log_format="json", stream=buffer, journal=journal)
             _check_limits(about.spec)
-            machine = open_machine(about.spec, image=inherited.image)
+            machine = open_machine(about.spec, files=inherited.files)
         except (KvmdError, OSError) as error:
             teller.tell(Birth(pid, ticks, problem=_one_line(error), kind=_kind(error)))
             if unit is not None:
                 return 0  # the daemon has heard why
             return ExitStatus.CONFIG if isinstance(error, ConfigError | ImageError) else ExitStatus.HOST
         stack.callback(machine.close)
-        if inherited.image is not None:
-            os.close(inherited.image)
+        for fd in inherited.files:
+            os.close(fd)
         host = MachineHost(machine, folder, log_buffer=buffer, log=structlog.get_logger("kvmd"))
         server = ControlServer(listening, pid, ticks)
 

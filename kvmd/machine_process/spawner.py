@@ -29,10 +29,8 @@ from kvmd.machine import Machine
 from kvmd.machine_process.folder import END, EXIT, EndFile, ExitFile, MachineFolder
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, live
-from kvmd.machine_process.spawning import PACKET_LIMIT, Reaped, Spawn, Spawned
+from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Reaped, Spawn, Spawned
 from kvmd.stop import ExitStatus
-
-_DESCRIPTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +71,15 @@ class Spawner:
     def _serve_one(self, poll: select.poll) -> bool:
         """Take one request; tell whether there may be more."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._link, PACKET_LIMIT, _DESCRIPTORS)
+            data, fds, _, _ = socket.recv_fds(self._link, PACKET_LIMIT, DESCRIPTORS_LIMIT)
         except OSError:
             return False
         if not data:
             return False
         try:
             number = msgspec.msgpack.decode(data, type=Spawn).number
-            folder, listening, birth, *image = fds
-            child = self._fork(Inheritance(folder, listening, birth, image[0] if image else None))
+            folder, listening, birth, *files = fds
+            child = self._fork(Inheritance(folder, listening, birth, tuple(files)))
         except (msgspec.MsgspecError, OSError, ValueError) as error:
             for fd in fds:
                 os.close(fd)

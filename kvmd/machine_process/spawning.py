@@ -6,8 +6,13 @@ from typing import Any
 
 import msgspec
 
+from kvmd.spec import DISKS_LIMIT
+
 PACKET_LIMIT = 4096
 """Bytes of one message, at most."""
+
+DESCRIPTORS_LIMIT = 3 + 2 + DISKS_LIMIT
+"""Folder, socket and pipe; an image, or kernel and initrd; disks."""
 
 
 class Spawn(msgspec.Struct, frozen=True, tag="spawn"):

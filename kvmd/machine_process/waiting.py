@@ -20,10 +20,8 @@ from kvmd import __version__
 from kvmd.errors import HostError
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, Unit, live
-from kvmd.machine_process.spawning import PACKET_LIMIT, Become, Waiting
+from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Become, Waiting
 from kvmd.service_manager import ServiceManager
-
-_DESCRIPTORS = 4
 
 
 def wait_to_become(path: Path, open_machine: OpenMachine, manager: ServiceManager, *, journal: bool) -> int:
@@ -65,10 +63,10 @@ def _given(daemon: socket.socket, manager: ServiceManager) -> tuple[Become, Inhe
         manager.alive()
     manager.alive()
     try:
-        data, fds, _, _ = socket.recv_fds(daemon, PACKET_LIMIT, _DESCRIPTORS)
+        data, fds, _, _ = socket.recv_fds(daemon, PACKET_LIMIT, DESCRIPTORS_LIMIT)
     except OSError:
         return None
     if not data:
         return None
-    folder, listening, birth, *image = fds
-    return msgspec.msgpack.decode(data, type=Become), Inheritance(folder, listening, birth, image[0] if image else None)
+    folder, listening, birth, *files = fds
+    return msgspec.msgpack.decode(data, type=Become), Inheritance(folder, listening, birth, tuple(files))

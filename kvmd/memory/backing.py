@@ -23,6 +23,7 @@ class Backing(Closing):
 
     Attributes:
         on_write: called with the pages of each ``write``, after it: for an accelerator that has to be told.
+        view: all of the memory as bytes. Nothing of it may be touched after ``close``: the addresses are gone then.
 
     Raises:
         HostError: the host cannot map that much.
@@ -41,6 +42,7 @@ class Backing(Closing):
             os.close(self._fd)
             why = error.strerror if isinstance(error, OSError) else "more than a file can hold"
             raise HostError(f"memory: this host cannot map {format_size(size_bytes)} ({why}): ask for less") from error
+        self.view = memoryview((ctypes.c_ubyte * size_bytes).from_address(self.address)).cast("B")
 
     def address_of(self, gpa: int) -> int:
         """Return the host virtual address of ``gpa``."""
@@ -94,6 +96,7 @@ class Backing(Closing):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self.view = memoryview(b"")
             libc.unmap(self.address, self.size_bytes)
 
     def _check(self, gpa: int, size_bytes: int) -> None:

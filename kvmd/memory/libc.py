@@ -31,6 +31,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_NORESERVE = 0x4000
 _FALLOC_FL_KEEP_SIZE = 0x1
 _FALLOC_FL_PUNCH_HOLE = 0x2
+_FALLOC_FL_ZERO_RANGE = 0x10
 
 
 def _error(operation: str) -> OSError:
@@ -78,7 +79,20 @@ def punch_hole(fd: int, offset: int, size_bytes: int) -> None:
     Raises:
         OSError: as the file system refuses.
     """
-    while _fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size_bytes) != 0:
-        error = _error(f"punching a hole of {size_bytes} bytes at {offset:#x}")
+    _allocate(fd, _FALLOC_FL_PUNCH_HOLE, offset, size_bytes, "punching a hole")
+
+
+def zero_range(fd: int, offset: int, size_bytes: int) -> None:
+    """Make the file's bytes zeros, with their space still allocated (fallocate(2)).
+
+    Raises:
+        OSError: as the file system refuses; EOPNOTSUPP where it cannot.
+    """
+    _allocate(fd, _FALLOC_FL_ZERO_RANGE, offset, size_bytes, "zeroing")
+
+
+def _allocate(fd: int, mode: int, offset: int, size_bytes: int, what: str) -> None:
+    while _fallocate(fd, mode | _FALLOC_FL_KEEP_SIZE, offset, size_bytes) != 0:
+        error = _error(f"{what} of {size_bytes} bytes at {offset:#x}")
         if not isinstance(error, InterruptedError):
             raise error

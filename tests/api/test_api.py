@@ -152,7 +152,7 @@ async def test_a_stop_that_takes_too_long_is_told(one: Serving) -> None:
         (b"9" * 5000, "bad-request", ""),
         (b"[]", "invalid-request", "body: "),
         (b"null", "invalid-request", "body: "),
-        (b"{}", "invalid-request", "body.image: Field required"),
+        (b"{}", "invalid-spec", "image is missing: expected the path of an ELF file"),
         ({"image": "builtin:hello", "cpus": 2}, "invalid-request", "body.cpus: Extra inputs are not permitted"),
         ({"image": "builtin:hello", "conversion": {"x": 1}}, "invalid-request", "body.conversion.x: "),
         ({"image": "builtin:hello", "vcpus": "2"}, "invalid-request", "body.vcpus: "),

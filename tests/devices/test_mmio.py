@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import threading
 
-from kvmd.devices.mmio import ADDRESSES_KEPT, MmioCounter
+import pytest
+
+from kvmd.devices.mmio import ADDRESSES_KEPT, MmioBus, MmioCounter
+from kvmd.ranges import GpaRange
 
 
 def test_nothing_is_counted_at_first() -> None:
@@ -46,3 +49,31 @@ def test_no_access_of_several_vcpus_is_lost() -> None:
         thread.join()
     assert counter.unclaimed == 8000
     assert sorted(counter.unclaimed_addresses) == [0, 1, 2, 3, 4]
+
+
+class Register:
+    """A device that is only told apart."""
+
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        return bytes([offset & 0xFF]) * size_bytes
+
+    def write(self, offset: int, data: bytes) -> None:
+        raise NotImplementedError
+
+
+def test_an_access_goes_to_the_device_whose_window_holds_all_of_it() -> None:
+    bus, low, high = MmioBus(), Register(), Register()
+    bus.add(GpaRange(0x3000, 0x4000), high)
+    bus.add(GpaRange(0x1000, 0x2000), low)
+    assert bus.find(0x1000, 4) == (low, 0)
+    assert bus.find(0x3FFC, 4) == (high, 0xFFC)
+    for gpa in (0x0, 0xFFF, 0x1FFE, 0x2000, 0x3FFD, 0x4000, 1 << 47):
+        assert bus.find(gpa, 4) is None
+
+
+@pytest.mark.parametrize("window", [(0x1000, 0x2000), (0x0, 0x2000), (0x1000, 0x3000), (0x0, 0x4000)])
+def test_windows_do_not_overlap(window: tuple[int, int]) -> None:
+    bus = MmioBus()
+    bus.add(GpaRange(0x1000, 0x3000), Register())
+    with pytest.raises(ValueError, match="belong to another device"):
+        bus.add(GpaRange(*window), Register())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import trio
 
@@ -156,8 +156,8 @@ class FakeMachine:
             raise MachineStateError(action, needed=needed, found=self.state)
 
 
-def open_fake(spec: MachineSpec, *, image: int | None = None) -> FakeMachine:
+def open_fake(spec: MachineSpec, *, files: Sequence[int] = ()) -> FakeMachine:
     """Make one; an image that cannot be read is refused like a real machine's."""
-    if image is None and not spec.image.is_file():
-        raise ImageError(f"cannot read the image {spec.image}: No such file or directory")
+    if not files and not spec.guest.is_file():
+        raise ImageError(f"cannot read the image {spec.guest}: No such file or directory")
     return FakeMachine(spec)

@@ -235,12 +235,12 @@ class FakeFleet:
         return self.guest(name).info
 
     async def create(
-        self, spec: MachineSpec, *, owner_uid: int, image: int | None = None, any_name: bool = False
+        self, spec: MachineSpec, *, owner_uid: int, files: Sequence[int] = (), any_name: bool = False
     ) -> MachineInfo:
         await trio.lowlevel.checkpoint()
         name = self._free_name(spec.name, any_name=any_name)
-        if image is None and not spec.image.is_file():
-            raise ImageError(f"cannot read the image {spec.image}: No such file or directory")
+        if not files and not spec.guest.is_file():
+            raise ImageError(f"cannot read the image {spec.guest}: No such file or directory")
         self._next_pid += 1
         info = MachineInfo(
             name=name,
@@ -282,7 +282,7 @@ class FakeFleet:
         guest = self.guest(name)
         guest.need("start", "created")
         guest.change("started", "running", started_ns=time.time_ns())
-        if guest.info.spec.image.stem == "echo":
+        if guest.info.spec.guest.stem == "echo":
             guest.write_log("machine-starting")
             guest.print(b"echo: type\n")
             guest.echo(guest.take_input())
@@ -300,7 +300,7 @@ class FakeFleet:
         guest = self.guest(name)
         guest.need("resume", "paused")
         guest.change("resumed", "running")
-        if guest.info.spec.image.stem == "echo":
+        if guest.info.spec.guest.stem == "echo":
             guest.echo(guest.take_input())
         return guest.info
 
@@ -464,7 +464,7 @@ class FakeConsole:
                 await self._guest.input_taken.wait()
             self._guest.need("type into the console of it", "created", "running", "paused")
             self._guest.input += part
-            if self._guest.info.spec.image.stem == "echo" and self._guest.info.state == "running":
+            if self._guest.info.spec.guest.stem == "echo" and self._guest.info.state == "running":
                 self._guest.echo(self._guest.take_input())
         await trio.lowlevel.checkpoint()
 

@@ -235,7 +235,7 @@ async def test_an_open_image_needs_no_path(site: Site) -> None:
     image = os.open(GUESTS["echo"].path, os.O_RDONLY)
     try:
         async with fleet_of(site) as fleet:
-            await fleet.create(spec(image=Path("/nowhere/echo.elf")), owner_uid=0, image=image)
+            await fleet.create(spec(image=Path("/nowhere/echo.elf")), owner_uid=0, files=[image])
             await fleet.start("guest")
             await type_and_wait(fleet, "guest", b"a")
             assert fleet.machine("guest").spec.image == Path("/nowhere/echo.elf")

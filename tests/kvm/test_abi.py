@@ -29,6 +29,12 @@ STRUCTURES: dict[str, tuple[Structure, str]] = {
     "kvm_sregs": (uapi.Sregs, "KVM_GET_SREGS"),
     "kvm_cpuid_entry2": (uapi.CpuidEntry2, "KVM_SET_CPUID2"),
     "kvm_cpuid2": (uapi.Cpuid2, "KVM_SET_CPUID2"),
+    "kvm_pit_config": (uapi.PitConfig, "KVM_CREATE_PIT2"),
+    "kvm_irqfd": (uapi.IrqFd, "KVM_IRQFD"),
+    "kvm_ioeventfd": (uapi.IoEventFd, "KVM_IOEVENTFD"),
+    "kvm_msr_entry": (uapi.MsrEntry, "KVM_SET_MSRS"),
+    "kvm_msrs": (uapi.Msrs, "KVM_SET_MSRS"),
+    "kvm_lapic_state": (uapi.LapicState, "KVM_GET_LAPIC"),
     "kvm_signal_mask": (uapi.SignalMask, "KVM_SET_SIGNAL_MASK"),
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvmd.memory.accessor import HostAccessor, PrivateMemory
+from kvmd.memory.accessor import HostAccessor, OutsideMemory, PrivateMemory
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
 from kvmd.ranges import GpaRange, PageState
@@ -166,3 +166,57 @@ def test_a_page_cannot_turn_private_in_the_middle_of_an_access(
 
     monkeypatch.setattr(rig.shared, kind, in_the_middle)
     access(rig, kind, 2 * PAGE_SIZE, 4)
+
+
+# -- views, for devices ----------------------------------------------------------------------------------------------
+
+
+def test_a_view_is_the_memory_itself(rig: Rig) -> None:
+    with rig.accessor.hold():
+        assert rig.lock.locked()
+        rig.accessor.view(2 * PAGE_SIZE + 5, 3)[:] = b"abc"
+        assert bytes(rig.accessor.view(2 * PAGE_SIZE + 4, 5)) == b"\0abc\0"
+    assert not rig.lock.locked()
+    assert rig.accessor.read(2 * PAGE_SIZE + 5, 3) == b"abc"
+
+
+def test_a_view_of_private_memory_is_refused(rig: Rig) -> None:
+    with rig.accessor.hold(), pytest.raises(PrivateMemory) as caught:
+        rig.accessor.view(4 * PAGE_SIZE - 1, 2)
+    assert caught.value.gpa == 4 * PAGE_SIZE
+
+
+@pytest.mark.parametrize("converts", [False, True])
+@pytest.mark.parametrize(("gpa", "size"), [(-1, 1), (SIZE, 1), (SIZE - 1, 2), (0, 0), (PAGE_SIZE, -1), (1 << 70, 1)])
+def test_a_view_of_nothing_or_outside_memory_is_refused(rig: Rig, gpa: int, size: int, *, converts: bool) -> None:
+    accessor = HostAccessor(rig.state, rig.shared, threading.Lock(), converts=converts)
+    with accessor.hold(), pytest.raises(OutsideMemory, match="are not within memory"):
+        accessor.view(gpa, size)
+
+
+def test_where_nothing_converts_a_view_needs_no_lock(rig: Rig) -> None:
+    state = PageStateMap(SIZE, PageState.SHARED)
+    accessor = HostAccessor(state, rig.shared, threading.Lock(), converts=False)
+    with accessor.hold():
+        view = accessor.view(0, SIZE)
+    view[0] = 7
+    assert accessor.read(0, 1) == b"\7"
+
+
+def test_who_tracks_writes_is_told_of_those_through_views(rig: Rig) -> None:
+    rig.accessor.wrote(2 * PAGE_SIZE, 1)
+    told: list[GpaRange] = []
+    tracked = [rig.accessor.tracks_writes]
+    rig.shared.on_write = told.append
+    tracked.append(rig.accessor.tracks_writes)
+    assert tracked == [False, True]
+    rig.accessor.wrote(3 * PAGE_SIZE - 1, 2)
+    assert told == [GpaRange(2 * PAGE_SIZE, 4 * PAGE_SIZE)]
+
+
+def test_only_shared_memory_is_discarded_and_what_is_no_memory_is_passed_over(rig: Rig) -> None:
+    rig.accessor.write(2 * PAGE_SIZE, b"x" * 2 * PAGE_SIZE)
+    assert rig.accessor.discard(GpaRange(SIZE, 2 * SIZE)) == 0
+    assert rig.accessor.discard(GpaRange(3 * PAGE_SIZE, 2 * SIZE)) == PAGE_SIZE
+    assert rig.shared.held_bytes() == PAGE_SIZE
+    assert rig.accessor.read(3 * PAGE_SIZE - 1, 2) == b"x\0"

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from kvmd.api.documents import machine_document, machines_document, waited_document
-from kvmd.api.images import check_passed, opened_image
+from kvmd.api.images import check_networks, check_passed, opened_files, opened_image
 from kvmd.api.models import Machine, MachineRequest, Machines, Waited
 from kvmd.api.openapi import problems
 from kvmd.api.problems import ProblemType
@@ -69,13 +69,25 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
         document = wanted.document()
         create = partial(fleet.create, owner_uid=caller_of(request).uid, any_name=wanted.name is None)
         passed: int | None = request.scope["extensions"].get(PASSED_FILE)
+        if wanted.kernel is not None or wanted.image is None:
+            return await _create_linux(create, document, wanted.kernel or "", passed)
         if passed is not None:
             document["image"] = check_passed(passed, wanted.image)
-            return await create(spec_of(document, base=Path()), image=passed)
+            return await create(spec_of(document, base=Path()), files=[passed])
         # Everything is checked before a file is opened.
         spec = spec_of(document, base=Path("/"))
         with opened_image(wanted.image, services.image_folders) as image:
-            return await create(spec, image=image)
+            return await create(spec, files=[] if image is None else [image])
+
+    async def _create_linux(
+        create: Callable[..., Awaitable[MachineInfo]], document: dict[str, object], kernel: str, passed: int | None
+    ) -> MachineInfo:
+        if passed is not None and kernel:
+            document["kernel"] = check_passed(passed, kernel)
+        spec = spec_of(document, base=Path())
+        check_networks(spec, services.bridges, namespaces=services.namespaces)
+        with opened_files(spec, services.image_folders, services.disk_folders, passed=passed) as files:
+            return await create(spec, files=files)
 
     @routes.get("/{name}", response_model=Machine, responses=_UNKNOWN, operation_id="get_machine")
     async def get_machine(name: str) -> Response:

@@ -1,0 +1,1 @@
+"""ACPI tables: what a machine without firmware tells its guest of its devices."""

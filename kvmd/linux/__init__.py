@@ -1,0 +1,1 @@
+"""Linux guests: reading kernels, and where everything lies when one starts."""

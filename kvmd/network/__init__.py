@@ -1,0 +1,1 @@
+"""Guests' networks: taps, the bridges that they are ports of, and network namespaces. docs/network.md says how."""

@@ -1,0 +1,1 @@
+"""Virtio 1.2 devices: queues, the MMIO transport, and block, network, entropy, console and balloon devices."""

@@ -1,0 +1,155 @@
+"""Linux machines with kernels of a few instructions: the platform around them, on any KVM.
+
+Real kernels run in tests/lab/test_linux.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from kvmd.errors import ConfigError, ImageError, KvmdError
+from kvmd.machine import Machine
+from kvmd.spec import spec_of
+from kvmd.stop import Stop, StopReason
+from tests.linux.kernels import bzimage, running, vmlinux
+
+pytestmark = pytest.mark.kvm
+
+HLT = b"\xf4"
+HANG = b"\xeb\xfe"
+SECONDS = 60.0
+
+
+def out(port: int, value: int) -> bytes:
+    return b"\x66\xba" + port.to_bytes(2, "little") + b"\xb0" + bytes([value]) + b"\xee"  # mov dx; mov al; out dx, al
+
+
+SHOW_EAX = b"\x66\xba\xf8\x03" + b"\xee\xc1\xe8\x08" * 4  # mov dx, 0x3f8; (out dx, al; shr eax, 8) four times
+SHOW_DEVICE = b"\xbb\x00\x00\x00\xd0\x8b\x03" + SHOW_EAX  # mov ebx, 0xd0000000; mov eax, [rbx]
+POWER_OFF = out(0x600, 0x34)
+
+
+class Host:
+    """Makes machines of files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, kernel: bytes, /, **keys: object) -> Machine:
+        (self.folder / "kernel").write_bytes(kernel)
+        document = {"kernel": "kernel", "memory": "64M", "entropy": False, "accelerator": "kvm", **keys}
+        return Machine.open(spec_of(document, base=self.folder))
+
+    def run(self, kernel: bytes, /, **keys: object) -> tuple[Stop, bytes]:
+        with self.open(kernel, **keys) as machine:
+
+            async def to_the_end() -> Stop:
+                with trio.fail_after(SECONDS):
+                    return await machine.run()
+
+            return trio.run(to_the_end), machine.console.take()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "status"),
+    [
+        (POWER_OFF, StopReason.GUEST_POWER_OFF, 0),
+        (out(0x604, 1), StopReason.GUEST_REBOOT, 133),
+        (out(0x64, 0xFE), StopReason.GUEST_REBOOT, 133),
+        (out(0x505, 1), StopReason.GUEST_PANIC, 122),
+    ],
+)
+def test_a_kernel_ends_its_machine(host: Host, code: bytes, reason: StopReason, status: int) -> None:
+    stop, console = host.run(running(b"".join(out(0x3F8, byte) for byte in b"hi\n") + code + HANG), vcpus=2)
+    assert (stop.reason, stop.status, console) == (reason, status, b"hi\n")
+
+
+def test_an_elf_kernel_starts_by_pvh(host: Host) -> None:
+    # The start information's magic number is where EBX points.
+    code = b"\x8b\x03" + SHOW_EAX + POWER_OFF + HANG
+    kernel = bytearray(vmlinux())
+    kernel[0x200 + 0x40 : 0x200 + 0x40 + len(code)] = code
+    stop, console = host.run(bytes(kernel))
+    assert stop.reason is StopReason.GUEST_POWER_OFF, stop.message
+    assert console == (0x336E_C578).to_bytes(4, "little")
+
+
+def test_virtio_devices_are_where_acpi_says(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    stop, console = host.run(
+        running(SHOW_DEVICE + POWER_OFF + HANG), disks=[{"path": "disk.raw"}], entropy=True, balloon=True
+    )
+    assert stop.reason is StopReason.GUEST_POWER_OFF, stop.message
+    assert console == b"virt"
+
+
+def test_memory_beyond_three_gibibytes_is_above_four(host: Host) -> None:
+    # mov ebx, 3 GiB - 4 KiB; mov dword [rbx], "up!\\n"; mov eax, [rbx]: the last page before the devices.
+    code = b"\xbb\x00\xf0\xff\xbf\xc7\x03up!\n\x8b\x03" + SHOW_EAX + POWER_OFF + HANG
+    with host.open(running(code), memory="4G") as machine:
+        assert machine.memory_map()[-1][0].end == 5 << 30
+        with pytest.raises(KvmdError, match="not within memory"):
+            machine.memory.read(0xD000_0000, 4)
+        machine.memory.write((5 << 30) - 4, b"last")
+        assert machine.memory.read((5 << 30) - 4, 4) == b"last"
+    stop, console = host.run(running(code), memory="4G")
+    assert (stop.reason, console) == (StopReason.GUEST_POWER_OFF, b"up!\n")
+
+
+def test_a_triple_fault_is_one(host: Host) -> None:
+    stop, _ = host.run(running(b"\x0f\x0b"))  # ud2, without an interrupt table
+    assert stop.reason is StopReason.TRIPLE_FAULT
+
+
+def test_the_operator_stops_processors_that_wait_to_be_started(host: Host) -> None:
+    with host.open(running(HLT + HANG), vcpus=3) as machine:
+
+        async def stopped() -> Stop:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_when_running, machine)
+                with trio.fail_after(SECONDS):
+                    return await machine.run()
+
+        assert trio.run(stopped).reason is StopReason.OPERATOR
+
+
+async def _stop_when_running(machine: Machine) -> None:
+    while machine.state != "running":
+        await trio.lowlevel.checkpoint()
+    await machine.pause()
+    await machine.resume()
+    machine.stop()
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "part"),
+    [
+        ({"kernel": "nothing"}, ImageError, "cannot read the kernel"),
+        ({"initrd": "nothing"}, ImageError, "cannot read the initrd"),
+        ({"initrd": "large"}, ImageError, "the initrd of 64 MiB does not fit"),
+        ({"memory": "8M"}, ImageError, "8 MiB of memory are too few"),
+        ({"cmdline": "x" * 3000}, ConfigError, "cmdline: 3000 characters"),
+        ({"disks": [{"path": "nothing"}]}, ConfigError, "there is no such file"),
+        ({"disks": [{"path": "odd"}]}, ConfigError, "512"),
+        ({"disks": [{"path": "disk"}, {"path": "disk"}]}, ConfigError, "locked"),
+        ({"accelerator": "software"}, ConfigError, "the software CPU runs payload guests only"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
+    host: Host, tmp_path: Path, keys: dict[str, object], error: type[KvmdError], part: str
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(64 << 20))
+    (tmp_path / "odd").write_bytes(bytes(700))
+    (tmp_path / "disk").write_bytes(bytes(1024))
+    before = sorted(Path("/proc/self/fd").iterdir())
+    with pytest.raises(error, match=part):
+        host.open(bzimage(), **keys)
+    assert sorted(Path("/proc/self/fd").iterdir()) == before
