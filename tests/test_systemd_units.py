@@ -30,11 +30,11 @@ def units(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.glob("kvmd*.s*"))
 
 
-@pytest.fixture
-def service_with_networks(units: list[Path]) -> Path:
-    """The service with the drop-in that lets its machines have networks."""
-    service = next(unit for unit in units if unit.suffix == ".service")
-    folder = service.with_name("kvmd.service.d")
+@pytest.fixture(params=["kvmd.service", "kvmd-machine@.service"])
+def service_with_networks(units: list[Path], request: pytest.FixtureRequest) -> Path:
+    """A service with the drop-in that lets machines have networks."""
+    service = next(unit for unit in units if unit.name == request.param)
+    folder = service.with_name(f"{service.name}.d")
     folder.mkdir()
     shutil.copy(UNITS / "kvmd-network.conf", folder)
     return service
@@ -77,7 +77,7 @@ def test_networks_cost_one_capability_and_no_more(service_with_networks: Path) -
     done = analyze("verify", str(service_with_networks))
     assert (done.stdout + done.stderr, done.returncode) == ("", 0)
     done = analyze("security", "--offline=true", "--no-pager", str(service_with_networks))
-    found = re.search(r"exposure level for kvmd.service: ([0-9.]+)", done.stdout)
+    found = re.search(r"exposure level for kvmd.*\.service: ([0-9.]+)", done.stdout)
     assert found is not None, done.stdout + done.stderr
     assert float(found[1]) < MOST_EXPOSURE
     granted = re.findall(r"^✗ (?:CapabilityBoundingSet|AmbientCapabilities)\S+", done.stdout, re.MULTILINE)

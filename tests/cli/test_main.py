@@ -48,7 +48,7 @@ def test_each_command_is_where_the_table_says_and_has_help(name: str, capsys: py
     [
         (["rnu"], "No such command 'rnu'"),
         (["check", "--jsn"], "No such option"),
-        (["run"], "Missing argument"),
+        (["run"], "there is nothing to run"),
         (["run", "x.elf", "--vcpus", "many"], "'many' is not a valid integer"),
         (["run", "x.elf", "--memory", "64Q"], "'64Q' is not a size"),
         (["run", "x.elf", "--arg", "x"], "'x' is not a whole number"),
