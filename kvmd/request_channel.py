@@ -4,7 +4,7 @@ A trio channel belongs to the event loop's thread, and waking the loop through `
 ``run_sync_soon`` costs a write to a socket and a turn of the loop for each call. So a thread puts what it has into a
 ``queue.SimpleQueue`` first, and whoever is awake on the loop's side carries it into the trio channel: the porter task,
 woken by an eventfd, or the service itself, which lingers at the queue for as long as requests come soon. That saves the
-turn of the loop (bench/handoff.py compares them).
+turn of the loop (``kvmd bench handoff`` compares them).
 """
 
 from __future__ import annotations

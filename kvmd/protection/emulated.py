@@ -29,7 +29,7 @@ from kvmd.units import MIB, PAGE_SIZE
 
 BLOCK_BYTES = 2 * MIB
 """The size that memory is cut into at first. Larger blocks make the first conversion in each dearer, smaller ones
-make the start of a machine dearer (bench/blocks.py has the measurement)."""
+make the start of a machine dearer (``kvmd bench blocks`` has the measurement)."""
 
 MOST_BLOCKS = 4096
 """Blocks grow with memory so that there are never more: most memslots stay free for cuts."""
