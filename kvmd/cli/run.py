@@ -112,7 +112,7 @@ def spec_from(target: str | None, overrides: dict[str, object]) -> MachineSpec:
         kernel = given.pop("kernel", None)
         if not isinstance(kernel, Path):
             raise click.UsageError(
-                "there is nothing to run: name a TOML file, an image, builtin:NAME, or --kernel FILE"
+                "there is nothing to run: name a TOML file, an image, builtin:NAME or --kernel FILE"
             )
         return MachineSpec(kernel=kernel).with_overrides(**given)
     if target.endswith(".toml"):
