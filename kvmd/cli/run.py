@@ -111,9 +111,7 @@ def spec_from(target: str | None, overrides: dict[str, object]) -> MachineSpec:
     if target is None:
         kernel = given.pop("kernel", None)
         if not isinstance(kernel, Path):
-            raise click.UsageError(
-                "there is nothing to run: name a TOML file, an image, builtin:NAME or --kernel FILE"
-            )
+            raise click.UsageError("there is nothing to run: name a TOML file, an image, builtin:NAME or --kernel FILE")
         return MachineSpec(kernel=kernel).with_overrides(**given)
     if target.endswith(".toml"):
         return load_spec(Path(target)).with_overrides(**given)
