@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
-from fastapi import Query
+from fastapi import Depends, Query
 
 from kvmd.api.problems import Problem, ProblemType
 
@@ -58,25 +58,32 @@ class ConversionFilter:
         return gpa < end and start < gpa + cast("int", record["size"])
 
 
-def conversion_filter(*, gpa: str | None, size: int | None, **exact: object) -> ConversionFilter:
-    """Return the filter that a query describes.
-
-    Args:
-        gpa: see ``Gpa``.
-        size: see ``Size``.
-        exact: the others, by the name of the record's member.
+async def conversion_filter(
+    cause: Cause = None,
+    to: Direction = None,
+    outcome: Outcome = None,
+    vcpu: Vcpu = None,
+    gpa: Gpa = None,
+    size: Size = None,
+) -> ConversionFilter:
+    """Return the filter that a query describes. A coroutine, since FastAPI gives anything else to a worker thread.
 
     Raises:
         Problem: ``size`` came without ``gpa``.
     """
-    wanted = {key: value for key, value in exact.items() if value is not None}
+    members = {"cause": cause, "to": to, "outcome": outcome, "vcpu": vcpu}
+    exact = {key: value for key, value in members.items() if value is not None}
     if gpa is None:
         if size is not None:
             mistake = {"where": "query.size", "problem": "it goes with gpa"}
             raise Problem(ProblemType.INVALID_REQUEST, "query.size: it goes with gpa", more={"errors": [mistake]})
-        return ConversionFilter(wanted)
+        return ConversionFilter(exact)
     start = address(gpa)
-    return ConversionFilter(wanted, (start, start + (size or 1)))
+    return ConversionFilter(exact, (start, start + (size or 1)))
+
+
+Wanted = Annotated[ConversionFilter, Depends(conversion_filter)]
+"""A route's parameter: the conversions that its query names."""
 
 
 def address(text: str) -> int:

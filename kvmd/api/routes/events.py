@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response
 
 from kvmd.api.encoders import EVENT_STREAM, EventEncoder
-from kvmd.api.filters import Cause, ConversionFilter, Direction, Gpa, Outcome, Size, Vcpu, conversion_filter
+from kvmd.api.filters import ConversionFilter, Wanted
 from kvmd.api.openapi import problems
 from kvmd.api.problems import Problem, ProblemType
 from kvmd.api.routes.query import StrictRoute
@@ -53,18 +53,8 @@ def router(services: Services) -> APIRouter:
         responses={**problems(ProblemType.UNKNOWN_EVENT), **_STREAM},
         operation_id="follow_events",
     )
-    async def follow_events(
-        kind: Kinds = None,
-        cause: Cause = None,
-        to: Direction = None,
-        outcome: Outcome = None,
-        vcpu: Vcpu = None,
-        gpa: Gpa = None,
-        size: Size = None,
-        last_event_id: LastEventId = None,
-    ) -> Response:
+    async def follow_events(wanted: Wanted, kind: Kinds = None, last_event_id: LastEventId = None) -> Response:
         """What happens to all machines, from now on or from after the last event that the reader saw."""
-        wanted = conversion_filter(gpa=gpa, size=size, cause=cause, to=to, outcome=outcome, vcpu=vcpu)
         return _events(None, kind, wanted, last_event_id)
 
     @routes.get(
@@ -74,18 +64,9 @@ def router(services: Services) -> APIRouter:
         operation_id="follow_machine_events",
     )
     async def follow_machine_events(
-        name: str,
-        kind: Kinds = None,
-        cause: Cause = None,
-        to: Direction = None,
-        outcome: Outcome = None,
-        vcpu: Vcpu = None,
-        gpa: Gpa = None,
-        size: Size = None,
-        last_event_id: LastEventId = None,
+        name: str, wanted: Wanted, kind: Kinds = None, last_event_id: LastEventId = None
     ) -> Response:
         """What happens to one machine; the stream ends with it."""
-        wanted = conversion_filter(gpa=gpa, size=size, cause=cause, to=to, outcome=outcome, vcpu=vcpu)
         return _events(name, kind, wanted, last_event_id)
 
     def _events(

@@ -7,17 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from kvmd.api.filters import (
-    ADDRESS,
-    Cause,
-    Direction,
-    Gpa,
-    Outcome,
-    Size,
-    Vcpu,
-    address,
-    conversion_filter,
-)
+from kvmd.api.filters import ADDRESS, Wanted, address
 from kvmd.api.models import Conversions, MachineCounters, MemoryMap
 from kvmd.api.openapi import problems
 from kvmd.api.pages import CONVERSIONS_DEFAULT, RANGES_DEFAULT, conversions, last_conversions, memory_map
@@ -79,20 +69,14 @@ def router(services: Services) -> APIRouter:
     @routes.get("/conversions", response_model=Conversions, responses=_UNKNOWN, operation_id="list_conversions")
     async def list_conversions(
         name: str,
+        wanted: Wanted,
         since: Annotated[int, Query(ge=0, lt=1 << 63, description="a sequence number: those above it")] = 0,
         limit: Annotated[
             int | None, Query(ge=1, le=CONVERSIONS_LIMIT, description="the first so many; by default 256")
         ] = None,
         last: Annotated[int | None, Query(ge=1, le=CONVERSIONS_LIMIT, description="the last so many instead")] = None,
-        cause: Cause = None,
-        to: Direction = None,
-        outcome: Outcome = None,
-        vcpu: Vcpu = None,
-        gpa: Gpa = None,
-        size: Size = None,
     ) -> Response:
         """Recent conversions, oldest first; `next` is the `since` of the next page."""
-        wanted = conversion_filter(gpa=gpa, size=size, cause=cause, to=to, outcome=outcome, vcpu=vcpu)
         if last is None:
             return json_response(await conversions(fleet, name, since, limit or CONVERSIONS_DEFAULT, wanted))
         if limit is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import Request
+from fastapi.dependencies.models import Dependant
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
@@ -19,7 +20,7 @@ class StrictRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler, behind a look at the query."""
         handle = super().get_route_handler()
-        known = frozenset(parameter.alias for parameter in self.dependant.query_params)
+        known = _query_names(self.dependant)
 
         async def handle_if_known(request: Request) -> Response:
             query: bytes = request.scope["query_string"]
@@ -36,3 +37,9 @@ class StrictRoute(APIRoute):
             return await handle(request)
 
         return handle_if_known
+
+
+def _query_names(dependant: Dependant) -> frozenset[str]:
+    """Return the query parameters that a route, or what it depends on, declares."""
+    own = frozenset(parameter.alias for parameter in dependant.query_params)
+    return own.union(*map(_query_names, dependant.dependencies))
