@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from kvmd.errors import ConfigError, HostError
 from kvmd.hardware import Hardware, kvm_problem, open_kvm
-from kvmd.linux_hardware import LinuxImage, open_linux
 from kvmd.payload.elf import LoadedImage
 from kvmd.software_hardware import open_software
 from kvmd.spec import MachineSpec
+
+if TYPE_CHECKING:
+    from kvmd.linux_hardware import LinuxImage
 
 
 def open_hardware(
@@ -50,4 +53,6 @@ def open_linux_hardware(spec: MachineSpec, image: LinuxImage, *, devices: int) -
         raise ConfigError("accelerator: the software CPU runs payload guests only: Linux needs kvm, or auto")
     if spec.accelerator == "auto" and (problem := kvm_problem()) is not None:
         raise HostError(f"a Linux guest needs KVM: {problem}")
+    from kvmd.linux_hardware import open_linux  # noqa: PLC0415 - payloads start faster without it
+
     return open_linux(spec, image, devices=devices)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvmd.devices.interrupt import InterruptLine
 from kvmd.errors import BackendError, ConfigError, HostError, MissingCapability
@@ -17,7 +18,6 @@ from kvmd.kvm.fault_layout import choose_layout
 from kvmd.kvm.guest_memfd import GuestMemfd
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
-from kvmd.linux.boot import LinuxBoot
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
 from kvmd.payload.boot import BootLayout, plan_boot
@@ -31,6 +31,9 @@ from kvmd.protection.two_views import Tripwire
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 from kvmd.units import PAGE_SIZE, format_size
+
+if TYPE_CHECKING:
+    from kvmd.linux.boot import LinuxBoot
 
 _QUIRK_SLOT_ZAP_ALL = 1 << 7
 """KVM_X86_QUIRK_SLOT_ZAP_ALL: deleting a memslot drops all shadow pages of the VM, not just those of the slot."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+import trio
+
 from kvmd.closing import Closing
 from kvmd.devices.mmio import MmioBus
 from kvmd.errors import BackendError, HostError
@@ -18,6 +20,7 @@ from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.entropy import EntropyDevice
 from kvmd.virtio.mmio import QUEUE_NOTIFY, MmioTransport
 from kvmd.virtio.net import NetworkDevice
+from kvmd.virtio.serving import serve
 
 
 def device_count(spec: MachineSpec) -> int:
@@ -63,6 +66,12 @@ class LinuxDevices(Closing):
             devices.close()
             raise
         return devices
+
+    async def serve(self) -> None:
+        """Serve the queues of all devices until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for device in self.virtio:
+                nursery.start_soon(serve, device)
 
     def close(self) -> None:
         """Give up all of it, once nothing serves or uses it; harmless the second time.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import structlog
 import trio
@@ -36,9 +37,6 @@ from kvmd.errors import MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
 from kvmd.guest_files import read_file
 from kvmd.hardware import Hardware
-from kvmd.linux.kernel import parse_kernel
-from kvmd.linux_devices import LinuxDevices, device_count
-from kvmd.linux_hardware import LinuxImage
 from kvmd.memory.accessor import HostAccessor
 from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
@@ -47,7 +45,9 @@ from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
 from kvmd.units import format_size
 from kvmd.vcpu_tasks import VcpuTasks
-from kvmd.virtio.serving import serve
+
+if TYPE_CHECKING:
+    from kvmd.linux_devices import LinuxDevices
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
@@ -102,6 +102,8 @@ class Machine(Closing):
         self.ports.add(_COM1, _UART_PORTS, uart)
         self._devices: LinuxDevices | None = None
         if hardware.platform is not None and bus is not None and switch is not None:
+            from kvmd.linux_devices import LinuxDevices  # noqa: PLC0415 - payloads start faster without it
+
             _add_power(self.ports, switch)
             self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus, opened)
         limits = Limits(
@@ -138,9 +140,7 @@ class Machine(Closing):
         gate = RunGate(parked.set)
         opened = dict(zip((key for key, _ in spec.files), files, strict=True)) if files else {}
         if spec.kernel is not None:
-            kernel = parse_kernel(read_file("kernel", spec.kernel, opened.get("kernel")))
-            initrd = b"" if spec.initrd is None else read_file("initrd", spec.initrd, opened.get("initrd"))
-            hardware = open_linux_hardware(spec, LinuxImage(kernel, initrd), devices=device_count(spec))
+            hardware = _open_linux(spec, spec.kernel, opened)
         else:
             image = parse_elf(read_file("image", spec.guest, opened.get("image")))
             hardware = open_hardware(spec, image, gate.quiesce)
@@ -173,8 +173,8 @@ class Machine(Closing):
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._service.run)
                 nursery.start_soon(self._count)
-                for device in () if self._devices is None else self._devices.virtio:
-                    nursery.start_soon(serve, device)
+                if self._devices is not None:
+                    nursery.start_soon(self._devices.serve)
                 stop = await self._tasks.run()
                 nursery.cancel_scope.cancel()
         finally:
@@ -274,6 +274,18 @@ class _Parked:
 
     async def wait(self) -> None:
         await self._event.wait()
+
+
+def _open_linux(spec: MachineSpec, kernel: Path, opened: Mapping[str, int]) -> Hardware:
+    """Read the kernel and build its machine up to the devices."""
+    # Payloads start faster without all of this.
+    from kvmd.linux.kernel import parse_kernel  # noqa: PLC0415
+    from kvmd.linux_devices import device_count  # noqa: PLC0415
+    from kvmd.linux_hardware import LinuxImage  # noqa: PLC0415
+
+    parsed = parse_kernel(read_file("kernel", kernel, opened.get("kernel")))
+    initrd = b"" if spec.initrd is None else read_file("initrd", spec.initrd, opened.get("initrd"))
+    return open_linux_hardware(spec, LinuxImage(parsed, initrd), devices=device_count(spec))
 
 
 def _add_power(ports: PortBus, switch: EndSwitch) -> None:

@@ -12,6 +12,7 @@ the answers are ``Spawned`` and, at a child's end, ``Reaped``.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import resource
 import select
@@ -156,6 +157,9 @@ def serve(link_fd: int, open_machine: OpenMachine) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
+    # What a Linux machine needs beyond: imported by none of its forks then.
+    importlib.import_module("kvmd.linux_devices")
+    importlib.import_module("kvmd.linux_hardware")
     # The collector writes into every object that it looks at; frozen ones stay shared with all children.
     gc.collect()
     gc.freeze()
