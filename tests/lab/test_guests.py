@@ -229,7 +229,7 @@ async def test_auto_is_private_memory_here_and_says_why(run: Run) -> None:
 def test_hypercalls_that_would_not_come_out_are_an_error_at_the_start(
     open_machine: OpenMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "_enable_capabilities", lambda _vm: [])
+    monkeypatch.setattr(hardware, "enable_capabilities", lambda _vm: [])
     with pytest.raises(MissingCapability, match="KVM_CAP_EXIT_HYPERCALL") as raised:
         open_machine("hello", memory=MEMORY, protection="guest-memfd")
     assert raised.value.capability == "KVM_CAP_EXIT_HYPERCALL"
