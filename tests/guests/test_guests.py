@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import kvmd.guests
 from kvmd.guests import GUESTS, HOSTILE
 from kvmd.payload.boot import plan_boot
 from kvmd.payload.elf import parse_elf
-from tests.gate import Facility, require
+from tests.toolchain import skip_under_another, tool
 
 FOLDER = Path(kvmd.guests.__file__).parent
 SOURCES = FOLDER / "src"
@@ -51,24 +49,12 @@ def test_every_misbehaviour_is_described_where_it_is_selected() -> None:
     assert all(f"/* {number}:" in source or f"/* {number}, " in source for number in HOSTILE)
 
 
-def tool(*command: str) -> str:
-    found = shutil.which(command[0])
-    require(Facility.COMPILER, None if found else f"{command[0]} is not installed")
-    assert found is not None
-    return subprocess.run([found, *command[1:]], check=True, capture_output=True, text=True).stdout  # noqa: S603 - fixed commands
-
-
 @pytest.mark.compiler
 def test_the_committed_files_are_what_the_sources_give(tmp_path: Path) -> None:
     """Byte for byte, under the compiler that made them; another compiler makes others."""
-    recorded = (ELF / "TOOLCHAIN").read_text()
-    linker = tool("ld", "--version").splitlines()[0]
-    present = f"gcc {tool('gcc', '-dumpfullversion').strip()}\n{linker}\n"
-    if present != recorded:
-        pytest.skip(f"the files were made by {recorded.split(chr(10))}, here is {present.split(chr(10))}")
-
+    skip_under_another(ELF / "TOOLCHAIN", made="the files were")
     tool("make", "-C", str(SOURCES), f"OUT={tmp_path / 'elf'}", f"OBJ={tmp_path / 'obj'}")
 
     for guest in GUESTS.values():
         assert (tmp_path / "elf" / guest.path.name).read_bytes() == guest.path.read_bytes(), guest.name
-    assert (tmp_path / "elf" / "TOOLCHAIN").read_text() == recorded
+    assert (tmp_path / "elf" / "TOOLCHAIN").read_text() == (ELF / "TOOLCHAIN").read_text()
