@@ -7,6 +7,7 @@ import math
 import os
 import select
 import socket
+from collections.abc import Iterable
 
 import trio
 
@@ -26,7 +27,7 @@ class Wire:
 
     Attributes:
         ended: whether the client has said that it sends no more (it may still read).
-        passed: descriptors that came with the bytes, not asked for yet.
+        passed: the descriptor that came with the bytes, not asked for yet; at most one.
     """
 
     def __init__(self, connection: trio.socket.SocketType) -> None:
@@ -46,8 +47,7 @@ class Wire:
             data, ancillary = b"", []
         for level, kind, value in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds = array.array("i", value[: len(value) - len(value) % _FD_BYTES])
-                self.passed.extend(fds)
+                self._keep_one(array.array("i", value[: len(value) - len(value) % _FD_BYTES]))
         self.ended = self.ended or not data
         return data
 
@@ -98,6 +98,14 @@ class Wire:
         with trio.move_on_after(seconds):
             while await self.receive():
                 self.drop_passed()
+
+    def _keep_one(self, fds: Iterable[int]) -> None:
+        """Keep a descriptor for the request under way and close the others: each byte may bring some more."""
+        for fd in fds:
+            if self.passed:
+                os.close(fd)
+            else:
+                self.passed.append(fd)
 
     def drop_passed(self) -> None:
         """Close all descriptors that nobody asked for."""
