@@ -402,13 +402,17 @@ async def test_descriptors_that_nobody_asked_for_are_closed(app: Recorder, servi
     assert app.passed == [b"image"]  # what is left open is found by the fixture of tests/conftest.py
 
 
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 async def test_no_client_can_use_up_the_daemons_descriptors(serving: Serving, file: Path) -> None:
     async with serving.connect() as client:
         with file.open("rb") as image:
             send_with_fds(client.stream, b"GET / HTTP/1.1\r\nHost: k\r\nX: ", [image.fileno()])
             await trio.testing.wait_all_tasks_blocked(SOON_SECONDS)
-            before = len(list(Path("/proc/self/fd").iterdir()))
+            before = open_descriptors()
             for _ in range(50):
                 send_with_fds(client.stream, b"x", [image.fileno()] * 2)
             await trio.testing.wait_all_tasks_blocked(SOON_SECONDS)
-            assert len(list(Path("/proc/self/fd").iterdir())) == before
+            assert open_descriptors() == before
