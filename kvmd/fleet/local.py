@@ -167,7 +167,6 @@ class LocalFleet:
                 _log.warning("machine-folder-not-removed", machine=name, problem=str(error))
             del self._entries[name]
             entry.forget()
-        self._newcomers.tell(entry)
         _log.info("machine-deleted", machine=name)
 
     async def stop_all(self, seconds: float) -> None:

@@ -63,6 +63,9 @@ class MachineEvents:
             batch = await self._client.receive()  # the first one comes at once
         except (HungUp, BadMessage):
             batch = None
+        except BaseException:
+            await self.aclose()
+            raise
         if isinstance(batch, EventBatch):
             self._take(batch)
             return True
