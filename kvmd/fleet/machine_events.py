@@ -7,11 +7,14 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import trio
+
 from kvmd.conversion.record import ConversionRecord
 from kvmd.fleet.base import counters_document
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.looking import counters_of
 from kvmd.fleet.places import START, Place
+from kvmd.fleet.streams import AGAIN_SECONDS
 from kvmd.log import conversion_event
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
@@ -51,7 +54,10 @@ class MachineEvents:
         return self._place
 
     async def open(self) -> bool:
-        """Connect, so that nothing that happens from now on is missed; false where the process is about to end."""
+        """Connect, so that nothing that happens from now on is missed.
+
+        False where the process is about to end, or has no room for one more reader.
+        """
         if self._entry.ended or self._entry.deleted:
             self._read_rest()
             return True
@@ -80,7 +86,8 @@ class MachineEvents:
             if self._client is None:
                 # It did not answer in time, or its process is at its end.
                 if not await self.open():
-                    await self._entry.wait(lambda: self._entry.ended)
+                    with trio.move_on_after(AGAIN_SECONDS):
+                        await self._entry.wait(lambda: self._entry.ended)
                 continue
             answer = await self._client.receive()
             if isinstance(answer, EventBatch):
