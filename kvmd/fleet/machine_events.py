@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from kvmd.fleet.entry import Entry
 from kvmd.fleet.looking import counters_of
 from kvmd.fleet.places import START, Place
 from kvmd.fleet.streams import AGAIN_SECONDS
-from kvmd.log import conversion_event
+from kvmd.log import conversion_event, iso_time
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
 from kvmd.machine_process.framing import BadMessage
@@ -161,9 +160,3 @@ def lifecycle_event(event: LifecycleEvent) -> dict[str, object]:
     if event.change == "stopped":
         data.update(reason=event.reason, message=event.message, status=event.status, signal=event.signal)
     return data
-
-
-def iso_time(wall_ns: int) -> str:
-    """Return nanoseconds since the epoch as ISO 8601 in UTC, to the microsecond."""
-    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"
