@@ -152,7 +152,7 @@ def _normal_address(text: str) -> str:
         or address.ip.is_unspecified
         or address.ip.is_loopback
         # The network itself, unless it is so small that it has no address of its own (RFC 3021, RFC 6164).
-        or (address.ip == address.network.network_address and address.network.num_addresses > 2)  # noqa: PLR2004
+        or (address.ip == address.network.network_address and address.network.num_addresses > 2)  # noqa: PLR2004 - as said
     ):
         raise ConfigError(f"addresses: {shown(text)} is not possible: expected {_KEYS['addresses']}")
     return str(address)

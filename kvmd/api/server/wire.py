@@ -81,8 +81,9 @@ class Wire:
         """Return once a client that sends no more does not read either."""
         poll = select.poll()
         poll.register(self._socket.fileno(), 0)  # POLLHUP is told unasked (poll(2))
-        # ASYNC110: there is nobody to set an event but the kernel, which only answers when asked.
-        while not any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0)):  # noqa: ASYNC110
+        while not any(  # noqa: ASYNC110 - nobody could set an event but the kernel, which only answers when asked
+            events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0)
+        ):
             await trio.sleep(HALF_OPEN_LOOK_SECONDS)
         await trio.lowlevel.checkpoint()
 
