@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from kvmd.errors import ConfigError
+from kvmd.network.naming import LOCK
 from kvmd.toml_file import Keys, refuse_unknown, shown
 
 NETWORKS_LIMIT = 8
@@ -22,8 +23,8 @@ MTU_LEAST, MTU_MOST = 68, 65521
 ADDRESSES_LIMIT = 16
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.+@=~-]{1,15}", re.ASCII)
-_NO_INTERFACE = frozenset({".", "..", "all", "default"})
-"""Names that the kernel, or /proc/sys/net, takes for something else."""
+_NO_INTERFACE = frozenset({".", "..", "all", "default", LOCK})
+"""Names that the kernel, or /proc/sys/net, takes for something else; and the lock, which a guest would hold for ever."""
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", re.ASCII)
 _KINDS = frozenset({"bridge", "made-bridge", "namespace"})
