@@ -24,7 +24,7 @@ ADDRESSES_LIMIT = 16
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.+@=~-]{1,15}", re.ASCII)
 _NO_INTERFACE = frozenset({".", "..", "all", "default", LOCK})
-"""Names that the kernel, or /proc/sys/net, takes for something else; and the lock, which a guest would hold for ever."""
+"""Names that the kernel, or /proc/sys/net, takes for something else; and the lock, which a guest would keep."""
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", re.ASCII)
 _KINDS = frozenset({"bridge", "made-bridge", "namespace"})
