@@ -73,6 +73,17 @@ class LinuxDevices(Closing):
             for device in self.virtio:
                 nursery.start_soon(serve, device)
 
+    async def pause(self) -> None:
+        """Leave guest memory alone until ``resume``, once what is under way is done. No vCPU runs any more."""
+        async with trio.open_nursery() as nursery:
+            for device in self.virtio:
+                nursery.start_soon(device.pause)
+
+    def resume(self) -> None:
+        """Go on, with what the guest asked for and what came for it meanwhile too."""
+        for device in self.virtio:
+            device.resume()
+
     def close(self) -> None:
         """Give up all of it, once nothing serves or uses it; harmless the second time.
 

@@ -189,7 +189,7 @@ class Machine(Closing):
         self._tasks.stop(Stop.because(StopReason.OPERATOR, "stopped by the operator"))
 
     async def pause(self) -> None:
-        """Take all vCPUs out of the guest, with their I/O completed, and keep them out.
+        """Take all vCPUs out of the guest, with their I/O completed, and let devices rest: its memory stays as it is.
 
         Raises:
             MachineStateError: it is not running, or it ended meanwhile.
@@ -201,6 +201,8 @@ class Machine(Closing):
         self.console.release()
         self._gate.pause()
         await self._parked.wait()
+        if self._devices is not None:
+            await self._devices.pause()
         self._need("pause", "paused")
 
     async def resume(self) -> None:
@@ -212,6 +214,8 @@ class Machine(Closing):
         self._need("resume", "paused")
         self._state_name = "running"
         self.console.restore()
+        if self._devices is not None:
+            self._devices.resume()
         self._gate.resume()
         await trio.lowlevel.checkpoint()
 
