@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -48,6 +48,8 @@ from kvmd.vcpu_tasks import VcpuTasks
 
 if TYPE_CHECKING:
     from kvmd.linux_devices import LinuxDevices
+    from kvmd.virtio.balloon import BalloonDevice
+    from kvmd.virtio.host_port import HostPort
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
@@ -70,6 +72,9 @@ class Machine(Closing):
         memory: how the host reads and writes the guest's shared memory.
         pinned: memory that never converts.
         facts: for the first log line.
+        agent: the host's end of the port of a program in the guest; None where there is none.
+        balloon: what memory the guest does without; None where there is no balloon.
+        power_button: presses the power button; None where there is none.
     """
 
     def __init__(
@@ -101,11 +106,16 @@ class Machine(Closing):
         uart = Uart16550(self.console, self.typed) if line is None else Uart16550(self.console, self.typed, line.pull)
         self.ports.add(_COM1, _UART_PORTS, uart)
         self._devices: LinuxDevices | None = None
+        self.agent: HostPort | None = None
+        self.balloon: BalloonDevice | None = None
+        self.power_button: Callable[[], None] | None = None
         if hardware.platform is not None and bus is not None and switch is not None:
             from kvmd.linux_devices import LinuxDevices  # noqa: PLC0415 - payloads start faster without it
 
             _add_power(self.ports, switch)
             self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus, opened)
+            self.agent, self.balloon = self._devices.agent, self._devices.balloon
+            self.power_button = hardware.platform.button.pull
         limits = Limits(
             chunk_bytes=spec.conversion.chunk,
             no_progress=spec.conversion.no_progress_limit,
@@ -218,6 +228,10 @@ class Machine(Closing):
             self._devices.resume()
         self._gate.resume()
         await trio.lowlevel.checkpoint()
+
+    def held_bytes(self) -> int:
+        """Return how much of the host's memory the shared side of the guest's takes up."""
+        return self._hardware.shared.held_bytes()
 
     def memory_map(self) -> list[tuple[GpaRange, PageState]]:
         """Return the state of all memory, as the fewest ranges, in order."""

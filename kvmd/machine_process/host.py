@@ -13,7 +13,7 @@ import trio
 from kvmd.console_pump import OutputPump
 from kvmd.conversion.ring import RecordReader
 from kvmd.conversion_log import ConversionSampler
-from kvmd.errors import MachineStateError
+from kvmd.errors import MachineStateError, NoSuchDevice
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine_end import log_end
 from kvmd.machine_process.folder import (
@@ -26,12 +26,15 @@ from kvmd.machine_process.folder import (
     MachineFolder,
 )
 from kvmd.machine_process.hosted import HostedMachine
+from kvmd.machine_process.messages import Balloon as BalloonState
 from kvmd.machine_process.messages import CounterValues
 from kvmd.machine_process.outputs import KeptOutput
 from kvmd.machine_process.segments import SegmentWriter
 from kvmd.machine_process.steps import Steps
 from kvmd.ranges import PageState
 from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE
+from kvmd.virtio.host_port import PortConnection
 
 OUTPUT_KEPT = 256 << 10
 """Bytes of console and of log that are kept in memory for those who follow."""
@@ -152,6 +155,51 @@ class MachineHost:
             self._never_started = True
             self._start.set()
         self.machine.stop()
+
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down.
+
+        Raises:
+            NoSuchDevice: it has no power button.
+            MachineStateError: it is not running.
+        """
+        press = self.machine.power_button
+        if press is None:
+            raise NoSuchDevice("the machine has no power button: Linux guests have one")
+        if self.state != "running":
+            raise MachineStateError("press the power button", needed="running", found=self.state)
+        press()
+
+    def balloon(self, target_bytes: int | None) -> BalloonState:
+        """Return what the guest does without, after asking it for ``target_bytes``, if any.
+
+        Raises:
+            NoSuchDevice: it has no balloon.
+            IndexError: the target is impossible.
+        """
+        balloon = self.machine.balloon
+        if balloon is None:
+            raise NoSuchDevice("the machine has no balloon: Linux guests have one with balloon = true")
+        if target_bytes is not None:
+            most = self.machine.spec.memory
+            if target_bytes % PAGE_SIZE or not 0 <= target_bytes < most:
+                raise IndexError(f"target: {target_bytes} is not a number of whole pages below the {most} of memory")
+            balloon.set_target(target_bytes)
+        return BalloonState(
+            balloon.target_bytes, balloon.actual_bytes, balloon.discarded_bytes, self.machine.held_bytes()
+        )
+
+    def attach_agent(self) -> PortConnection:
+        """Return a connection to the agent, which its owner closes.
+
+        Raises:
+            NoSuchDevice: the machine has no port for one.
+            DeviceInUse: somebody else talks to it.
+        """
+        port = self.machine.agent
+        if port is None:
+            raise NoSuchDevice("the machine has no port for an agent: Linux guests have one with agent = NAME")
+        return port.attach()
 
     async def counters(self) -> CounterValues:
         """Return what the machine did so far."""

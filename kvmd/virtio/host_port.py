@@ -8,11 +8,7 @@ from typing import Self
 
 import trio
 
-from kvmd.errors import KvmdError
-
-
-class PortInUse(KvmdError):
-    """Somebody else talks through the port."""
+from kvmd.errors import DeviceInUse
 
 
 class HostPort:
@@ -42,10 +38,10 @@ class HostPort:
         """Be the one who talks through the port, until the connection is closed.
 
         Raises:
-            PortInUse: somebody else is.
+            DeviceInUse: somebody else is.
         """
         if self._connection is not None:
-            raise PortInUse("somebody else talks to the agent: it has one connection at a time")
+            raise DeviceInUse("somebody else talks to the agent: it has one connection at a time")
         self.visit += 1
         self._connection = PortConnection(self, self.visit, self._send)
         self._changed()

@@ -11,9 +11,10 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmd.errors import DeviceInUse
 from kvmd.virtio.console import F_MULTIPORT, ConsoleDevice
 from kvmd.virtio.console_control import Event, PortControl
-from kvmd.virtio.host_port import HostPort, PortInUse
+from kvmd.virtio.host_port import HostPort
 from tests.virtio.driver import Driver, Memory, driven, guest_memory
 
 NAME = "org.qemu.guest_agent.0"
@@ -87,7 +88,7 @@ async def test_both_sides_see_each_other_come_and_go_and_bytes_go_both_ways(memo
             guest.say(b"hello from the guest")
             assert await host.receive() == b"hello from the guest"
             await guest.said()
-            with pytest.raises(PortInUse, match="one connection at a time"):
+            with pytest.raises(DeviceInUse, match="one connection at a time"):
                 port.attach()
         assert await guest.hear() == control(Event.PORT_OPEN, 0)
         guest.say(b"to nobody")
