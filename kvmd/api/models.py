@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import MachineState
 from kvmd.network.spec import ADDRESSES_LIMIT, MTU_LEAST, MTU_MOST, NETWORKS_LIMIT
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, TASKS_LIMIT, VCPU_LIMIT
+from kvmd.spec import AGENT_LIMIT, ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, TASKS_LIMIT, VCPU_LIMIT
 
 NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
 """The names that ``kvmd.spec`` allows."""
@@ -104,6 +104,12 @@ class MachineRequest(Request):
     networks: Annotated[list[NetworkRequest], Field(max_length=NETWORKS_LIMIT)] | None = None
     entropy: bool | None = None
     balloon: bool | None = None
+    balloon_target: Size | None = Field(default=None, description="what the guest is to do without from the start")
+    agent: Annotated[str, Field(max_length=AGENT_LIMIT)] | None = Field(
+        default=None,
+        description="of Linux, the name of a port: a program in the guest opens `/dev/virtio-ports/NAME`",
+        examples=["org.qemu.guest_agent.0"],
+    )
     name: Name | None = Field(default=None, description="by default made of the image's")
     vcpus: Annotated[int, Field(ge=1, le=VCPU_LIMIT)] | None = None
     memory: Size | None = None
@@ -157,6 +163,8 @@ class Spec(Answer):
     networks: list[str]
     entropy: bool
     balloon: bool
+    balloon_target: int
+    agent: str = Field(description="the name of the agent's port; empty where there is none")
     limits: Limits
 
 
@@ -195,6 +203,26 @@ class Waited(Answer):
 
     reached: bool = Field(description="false where the time was over first")
     machine: Machine
+
+
+# -- a guest's devices -------------------------------------------------------------------------------------------------
+
+
+class BalloonRequest(Request):
+    """What a guest is asked to do without."""
+
+    target: Size = Field(description="in whole pages, less than the machine's memory")
+
+
+class Balloon(Answer):
+    """Memory that a guest does without; bytes."""
+
+    target: int = Field(description="what it is asked for")
+    actual: int = Field(description="what it says that it does without")
+    given_back: int = Field(
+        description="what the host has taken back so far: of the balloon, and of pages that were reported as free"
+    )
+    held: int = Field(description="what the guest's memory takes up of the host's now")
 
 
 # -- memory and conversions --------------------------------------------------------------------------------------------

@@ -502,6 +502,7 @@ class FakeAgent:
 
     def __init__(self, guest: FakeGuest) -> None:
         self._guest = guest
+        self.deaf = False
         self._send, self._receive = trio.open_memory_channel[bytes](0)
 
     async def receive(self) -> bytes:
@@ -512,6 +513,7 @@ class FakeAgent:
 
     async def send(self, data: bytes) -> None:
         if data == b"deaf":
+            self.deaf = True
             await trio.sleep_forever()
         self._guest.need("talk to the agent", "created", "running", "paused")
         await self._send.send(data.upper())
