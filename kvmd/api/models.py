@@ -360,6 +360,7 @@ class HostFacts(Answer):
     tripwires: list[str] = []
     protections: dict[str, Usable] = {}
     auto: str | None = None
+    networks: dict[str, Usable] = Field(default={}, description="of Linux guests: `bridges`, `namespaces`")
     max_vcpus: int = 0
     recommended_vcpus: int = 0
     memslots: int = 0
