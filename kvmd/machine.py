@@ -133,6 +133,8 @@ class Machine(Closing):
             **({} if self._devices is None else self._devices.facts),
         }
         self._state_name = "created"
+        # A pause waits for disks: who resumes meanwhile comes after it.
+        self._changing = trio.Lock()
 
     @classmethod
     def open(cls, spec: MachineSpec, *, files: Sequence[int] = ()) -> Self:
@@ -204,16 +206,17 @@ class Machine(Closing):
         Raises:
             MachineStateError: it is not running, or it ended meanwhile.
         """
-        self._need("pause", "running")
-        self._state_name = "paused"
-        self._parked.clear()
-        # A vCPU that waits for room on the console would never park.
-        self.console.release()
-        self._gate.pause()
-        await self._parked.wait()
-        if self._devices is not None:
-            await self._devices.pause()
-        self._need("pause", "paused")
+        async with self._changing:
+            self._need("pause", "running")
+            self._state_name = "paused"
+            self._parked.clear()
+            # A vCPU that waits for room on the console would never park.
+            self.console.release()
+            self._gate.pause()
+            await self._parked.wait()
+            if self._devices is not None:
+                await self._devices.pause()
+            self._need("pause", "paused")
 
     async def resume(self) -> None:
         """Let the vCPUs in again.
@@ -221,13 +224,13 @@ class Machine(Closing):
         Raises:
             MachineStateError: it is not paused.
         """
-        self._need("resume", "paused")
-        self._state_name = "running"
-        self.console.restore()
-        if self._devices is not None:
-            self._devices.resume()
-        self._gate.resume()
-        await trio.lowlevel.checkpoint()
+        async with self._changing:
+            self._need("resume", "paused")
+            self._state_name = "running"
+            self.console.restore()
+            if self._devices is not None:
+                self._devices.resume()
+            self._gate.resume()
 
     def held_bytes(self) -> int:
         """Return how much of the host's memory the shared side of the guest's takes up."""

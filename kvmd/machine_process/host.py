@@ -42,6 +42,9 @@ OUTPUT_KEPT = 256 << 10
 LAST_RECORDS = 16384
 """Conversions that outlive the machine: two megabytes of file, at most."""
 
+SHUTDOWN_SECONDS = 10.0
+"""How long a guest whose power button a SIGTERM pressed may take: systemd gives the process 20 s (TimeoutStopSec=)."""
+
 _COUNT_AT_ONCE = 256
 
 
@@ -53,6 +56,7 @@ class MachineHost:
         folder: the machine's, borrowed.
         log_buffer: what the log was configured to write to.
         log: for the process's own events.
+        shutdown_seconds: see ``SHUTDOWN_SECONDS``.
 
     Attributes:
         end_written: whether how it ended is in the folder.
@@ -65,8 +69,10 @@ class MachineHost:
         *,
         log_buffer: LogBuffer,
         log: structlog.typing.FilteringBoundLogger,
+        shutdown_seconds: float = SHUTDOWN_SECONDS,
     ) -> None:
         self.machine = machine
+        self._shutdown_seconds = shutdown_seconds
         self.started_ns: int | None = None
         self.end_written = False
         self.log = log.bind(machine=machine.spec.name)
@@ -223,12 +229,28 @@ class MachineHost:
         return stop
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Stop the guest at SIGTERM: what service managers send. The second does what the first did."""
+        """Stop the guest at SIGTERM: what service managers send.
+
+        One that has a power button is asked first, and stopped when it has not shut down in time; a second signal does
+        not wait.
+        """
+        asked = False
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             task_status.started()
-            async for number in received:
-                self.log.warning("stopping", signal=signal.Signals(number).name)
-                self.stop()
+            async with trio.open_nursery() as nursery:
+                async for number in received:
+                    self.log.warning("stopping", signal=signal.Signals(number).name)
+                    if asked or self.machine.power_button is None or self.state != "running":
+                        self.stop()
+                        continue
+                    asked = True
+                    self.press_power_button()
+                    nursery.start_soon(self._stop_later)
+
+    async def _stop_later(self) -> None:
+        await trio.sleep(self._shutdown_seconds)
+        self.log.warning("not-shut-down", seconds=self._shutdown_seconds, consequence="it is stopped")
+        self.stop()
 
     def _count(self) -> CounterValues:
         snapshot = self.machine.stats.snapshot()

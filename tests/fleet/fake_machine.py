@@ -104,8 +104,11 @@ class FakeMachine:
         return self._stop
 
     def _shut_down(self) -> None:
-        """Do what a guest does whose power button is pressed; one that is called stubborn does nothing."""
-        if self._stop is None and not self.spec.name.startswith("stubborn"):
+        """Do what a guest does whose power button is pressed; one that is called stubborn says no."""
+        if self.spec.name.startswith("stubborn"):
+            for byte in b"no\n":
+                self.console.put(byte)
+        elif self._stop is None:
             self._stop = Stop.because(StopReason.GUEST_POWER_OFF, "the guest powered off")
         self._wake()
 
