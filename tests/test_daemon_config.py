@@ -106,7 +106,16 @@ def test_what_a_running_daemon_does_not_take_over_is_named() -> None:
             "machines": {"units": "never", "waiting": 7},
             "log": {"level": "debug"},
             "images": {"folders": ["/images"]},
+            "disks": {"folders": ["/disks"]},
+            "networks": {"bridges": ["br0"], "namespaces": True},
         }
     )
-    assert need_restart(old, new) == ["api.socket", "api.operators", "machines.units"]
+    assert need_restart(old, new) == [
+        "api.socket",
+        "api.operators",
+        "machines.units",
+        "disks.folders",
+        "networks.bridges",
+        "networks.namespaces",
+    ]
     assert need_restart(new, new) == []

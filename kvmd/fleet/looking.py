@@ -10,13 +10,14 @@ import trio
 from kvmd.conversion.hottest import HotRange
 from kvmd.errors import MachineStateError
 from kvmd.fleet.asking import ask
-from kvmd.fleet.base import Counters, MemoryMap
+from kvmd.fleet.base import Balloon, Counters, MemoryMap
 from kvmd.fleet.entry import Entry
 from kvmd.log import conversion_event
 from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
 from kvmd.machine_process.messages import (
     READ_LIMIT,
     RECORDS_LIMIT,
+    AskBalloon,
     AskConversions,
     AskCounters,
     AskMap,
@@ -25,6 +26,7 @@ from kvmd.machine_process.messages import (
     CounterValues,
     Memory,
 )
+from kvmd.machine_process.messages import Balloon as BalloonAnswer
 from kvmd.machine_process.messages import MemoryMap as MapAnswer
 from kvmd.ranges import GpaRange, PageState
 
@@ -51,6 +53,12 @@ async def counters(entry: Entry) -> Counters:
         values = CounterValues([], 0, 0, _NO_TIMES, _NO_TIMES, _NO_TIMES, 0)
     await trio.lowlevel.checkpoint()
     return counters_of(values)
+
+
+async def balloon(entry: Entry, target_bytes: int | None = None) -> Balloon:
+    """Return what memory the guest does without, after asking it for ``target_bytes``, if any."""
+    answer = await ask(entry, "reach the balloon", AskBalloon(target_bytes), BalloonAnswer)
+    return Balloon(answer.target_bytes, answer.actual_bytes, answer.given_back_bytes, answer.held_bytes)
 
 
 def counters_of(values: CounterValues) -> Counters:

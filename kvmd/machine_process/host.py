@@ -13,7 +13,7 @@ import trio
 from kvmd.console_pump import OutputPump
 from kvmd.conversion.ring import RecordReader
 from kvmd.conversion_log import ConversionSampler
-from kvmd.errors import MachineStateError
+from kvmd.errors import MachineStateError, NoSuchDevice
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine_end import log_end
 from kvmd.machine_process.folder import (
@@ -26,18 +26,24 @@ from kvmd.machine_process.folder import (
     MachineFolder,
 )
 from kvmd.machine_process.hosted import HostedMachine
+from kvmd.machine_process.messages import Balloon as BalloonState
 from kvmd.machine_process.messages import CounterValues
 from kvmd.machine_process.outputs import KeptOutput
 from kvmd.machine_process.segments import SegmentWriter
 from kvmd.machine_process.steps import Steps
 from kvmd.ranges import PageState
 from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE
+from kvmd.virtio.host_port import PortConnection
 
 OUTPUT_KEPT = 256 << 10
 """Bytes of console and of log that are kept in memory for those who follow."""
 
 LAST_RECORDS = 16384
 """Conversions that outlive the machine: two megabytes of file, at most."""
+
+SHUTDOWN_SECONDS = 10.0
+"""How long a guest whose power button a SIGTERM pressed may take: systemd gives the process 20 s (TimeoutStopSec=)."""
 
 _COUNT_AT_ONCE = 256
 
@@ -50,6 +56,7 @@ class MachineHost:
         folder: the machine's, borrowed.
         log_buffer: what the log was configured to write to.
         log: for the process's own events.
+        shutdown_seconds: see ``SHUTDOWN_SECONDS``.
 
     Attributes:
         end_written: whether how it ended is in the folder.
@@ -62,8 +69,10 @@ class MachineHost:
         *,
         log_buffer: LogBuffer,
         log: structlog.typing.FilteringBoundLogger,
+        shutdown_seconds: float = SHUTDOWN_SECONDS,
     ) -> None:
         self.machine = machine
+        self._shutdown_seconds = shutdown_seconds
         self.started_ns: int | None = None
         self.end_written = False
         self.log = log.bind(machine=machine.spec.name)
@@ -153,6 +162,51 @@ class MachineHost:
             self._start.set()
         self.machine.stop()
 
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down.
+
+        Raises:
+            NoSuchDevice: it has no power button.
+            MachineStateError: it is not running.
+        """
+        press = self.machine.power_button
+        if press is None:
+            raise NoSuchDevice("the machine has no power button: Linux guests have one")
+        if self.state != "running":
+            raise MachineStateError("press the power button", needed="running", found=self.state)
+        press()
+
+    def balloon(self, target_bytes: int | None) -> BalloonState:
+        """Return what the guest does without, after asking it for ``target_bytes``, if any.
+
+        Raises:
+            NoSuchDevice: it has no balloon.
+            IndexError: the target is impossible.
+        """
+        balloon = self.machine.balloon
+        if balloon is None:
+            raise NoSuchDevice("the machine has no balloon: Linux guests have one with balloon = true")
+        if target_bytes is not None:
+            most = self.machine.spec.memory
+            if target_bytes % PAGE_SIZE or not 0 <= target_bytes < most:
+                raise IndexError(f"target: {target_bytes} is not a number of whole pages below the {most} of memory")
+            balloon.set_target(target_bytes)
+        return BalloonState(
+            balloon.target_bytes, balloon.actual_bytes, balloon.discarded_bytes, self.machine.held_bytes()
+        )
+
+    def attach_agent(self) -> PortConnection:
+        """Return a connection to the agent, which its owner closes.
+
+        Raises:
+            NoSuchDevice: the machine has no port for one.
+            DeviceInUse: somebody else talks to it.
+        """
+        port = self.machine.agent
+        if port is None:
+            raise NoSuchDevice("the machine has no port for an agent: Linux guests have one with agent = NAME")
+        return port.attach()
+
     async def counters(self) -> CounterValues:
         """Return what the machine did so far."""
         while self.machine.stats.catch_up(_COUNT_AT_ONCE):
@@ -175,12 +229,28 @@ class MachineHost:
         return stop
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Stop the guest at SIGTERM: what service managers send. The second does what the first did."""
+        """Stop the guest at SIGTERM: what service managers send.
+
+        One that has a power button is asked first, and stopped when it has not shut down in time; a second signal does
+        not wait.
+        """
+        asked = False
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             task_status.started()
-            async for number in received:
-                self.log.warning("stopping", signal=signal.Signals(number).name)
-                self.stop()
+            async with trio.open_nursery() as nursery:
+                async for number in received:
+                    self.log.warning("stopping", signal=signal.Signals(number).name)
+                    if asked or self.machine.power_button is None or self.state != "running":
+                        self.stop()
+                        continue
+                    asked = True
+                    self.press_power_button()
+                    nursery.start_soon(self._stop_later)
+
+    async def _stop_later(self) -> None:
+        await trio.sleep(self._shutdown_seconds)
+        self.log.warning("not-shut-down", seconds=self._shutdown_seconds, consequence="it is stopped")
+        self.stop()
 
     def _count(self) -> CounterValues:
         snapshot = self.machine.stats.snapshot()

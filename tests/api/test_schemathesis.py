@@ -19,6 +19,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy, one_of
 
+from kvmd.guests import GUESTS
 from kvmd.ranges import PageState
 from kvmd.spec import spec_of
 from kvmd.units import PAGE_SIZE
@@ -42,12 +43,18 @@ ENDLESS = "/v1/events"
 """A stream without an end of its own: the client takes its first chunk for the whole, and hangs up."""
 
 SWITCHED = 101
-UPGRADED = {"connection": "upgrade", "upgrade": "kvmd-console"}
-"""What every second request for a console asks for; it ends with the header of its answer."""
+UPGRADED = {
+    name: {"connection": "upgrade", "upgrade": protocol}
+    for name, protocol in (("attach_console", "kvmd-console"), ("attach_agent", "kvmd-agent"))
+}
+"""What every second request for one of these asks for; it ends with the header of its answer."""
+
+LINUX = {"kernel": str(GUESTS["hello"].path), "agent": "agent", "balloon": True}
+"""A guest with all devices; the fleet in memory takes any file for a kernel."""
 
 WAITING = {"wait_for_machine", "stop_machine"}
-SELDOM_RIGHT = {"create_machine", "read_memory"}
-"""No made-up image is there, and no made-up address is in memory."""
+SELDOM_RIGHT = {"create_machine", "read_memory", "set_balloon"}
+"""No made-up image is there, no made-up address is in memory, and no made-up size is a number of pages."""
 
 END_WITH_THEIR_MACHINE = {"follow_machine_events", "follow_console", "follow_log", "type_into_console"}
 
@@ -101,7 +108,8 @@ class ServerThread:
 async def refill(fleet: FakeFleet) -> None:
     fleet._guests.clear()
     for name in (ENDED, LIVE, FRESH, HELD):
-        spec = spec_of({"image": "builtin:hello", "name": name, "memory": "1M"}, base=Path())
+        kind = LINUX if name in {LIVE, HELD} else {"image": "builtin:hello"}
+        spec = spec_of({**kind, "name": name, "memory": "1M"}, base=Path())
         await fleet.create(spec, owner_uid=0)
         fleet.guest(name).convert(PAGE_SIZE, to=PageState.SHARED)
         if name != FRESH:
@@ -182,7 +190,7 @@ def test_schemathesis_finds_nothing(server: ServerThread, schema: Any, operation
     # What a schema cannot say, such as that an image exists, is refused with 422 whatever the schema allows.
     excluded = [CHECKS.get_one("positive_data_acceptance")]
     seen: list[int] = []
-    console = operation_id == "attach_console"
+    upgraded = UPGRADED.get(operation_id)
 
     @settings(
         max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
@@ -192,8 +200,8 @@ def test_schemathesis_finds_nothing(server: ServerThread, schema: Any, operation
         server.refill()
         if operation_id in WAITING and isinstance(case.query.get("timeout", 30), int | float):
             case.query["timeout"] = min(case.query.get("timeout", 30), WAIT_SECONDS)
-        if console and len(seen) % 2:
-            case.headers.update(UPGRADED)
+        if upgraded is not None and len(seen) % 2:
+            case.headers.update(upgraded)
         with session_over(server.serving.path) as session:
             response = case.call(base_url=BASE, session=session)
             seen.append(response.status_code)
@@ -206,7 +214,7 @@ def test_schemathesis_finds_nothing(server: ServerThread, schema: Any, operation
     assert seen
     if mode == "positive" and operation_id not in SELDOM_RIGHT:
         assert any(status < 300 for status in seen), seen
-    if console:
+    if upgraded is not None:
         assert {SWITCHED, 426} <= set(seen)
 
 
