@@ -13,7 +13,7 @@ import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,8 +165,17 @@ class Ended:
     began: float
 
 
+class NoEnd(AssertionError):
+    """A guest took too long."""
+
+
 def run_to_end(
-    command: Sequence[str], *, pass_fds: tuple[int, ...] = (), seconds: float, watch: Sequence[bytes] = ()
+    command: Sequence[str],
+    *,
+    pass_fds: tuple[int, ...] = (),
+    seconds: float,
+    watch: Sequence[bytes] = (),
+    on_seen: Callable[[bytes], None] = lambda _: None,
 ) -> Ended:
     """Run a program whose standard input and output are a guest's console, and type what the guest waits for.
 
@@ -175,9 +184,10 @@ def run_to_end(
         pass_fds: descriptors that it inherits.
         seconds: how long it may take; then it is killed.
         watch: texts of the console whose time counts; an empty one is any.
+        on_seen: called with each of them, once, when it has come.
 
     Raises:
-        AssertionError: it took longer.
+        NoEnd: it took longer.
     """
     start, began = time.monotonic(), time.time()
     console, typed, seen = b"", False, dict[bytes, float]()
@@ -193,7 +203,7 @@ def run_to_end(
             readable, _, _ = select.select([process.stdout], [], [], max(0.0, start + seconds - time.monotonic()))
             if not readable:
                 process.kill()
-                raise AssertionError(f"no end within {seconds} s: {console[-2000:].decode(errors='replace')}")
+                raise NoEnd(f"no end within {seconds:.0f} s, after {console[-2000:].decode(errors='replace')!r}")
             data = os.read(process.stdout.fileno(), 65536)
             if not data:
                 break
@@ -201,6 +211,7 @@ def run_to_end(
             for text in watch:
                 if text not in seen and text in console:
                     seen[text] = time.monotonic() - start
+                    on_seen(text)
             if LISTENING in console and not typed:
                 typed = True
                 process.stdin.write(TYPED + b"\n")
