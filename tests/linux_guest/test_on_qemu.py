@@ -19,7 +19,7 @@ from tests.own_network import own_network
 
 pytestmark = pytest.mark.network
 
-SECONDS = 180.0
+SECONDS = 600.0
 QEMU = "qemu-system-x86_64"
 
 
