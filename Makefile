@@ -38,10 +38,11 @@ lab-test: $(READY) ## Run the tests that need private memory, and Linux guests, 
 	lab/test
 	$(MAKE) lab-linux
 
-# On one of the lab's processors: lab/README.md, Traps.
+# On one of the lab's processors: lab/README.md, Traps. The lab cannot keep bytecode, and takes minutes to make it.
 lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's
 	lab/setup
 	$(BIN)/python -m tests.linux_guest.debian
+	$(BIN)/python -m compileall -q kvmd tests
 	LAB_CPUS=1 KVMD_TEST_LINUX=required lab/test -m linux_guest tests/lab
 
 guests: ## Rebuild the payload guests with the GNU toolchain
