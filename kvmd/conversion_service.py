@@ -38,6 +38,7 @@ INLINE_PAGES = 16
 about as much as converting a page."""
 
 _INLINE_BYTES = INLINE_PAGES * PAGE_SIZE
+_now_ns = time.monotonic_ns
 
 TURN_NS = 2_000_000
 """The longest that the service keeps the event loop to itself while requests keep coming, in nanoseconds."""
@@ -111,7 +112,7 @@ class ConversionService:
 
     def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
         """Hand over a request and block the calling vCPU thread until it is answered."""
-        self._channel.put(Ticket(request, waiter.answer, time.monotonic_ns()))
+        self._channel.put(Ticket(request, waiter.answer, _now_ns()))
         return waiter.wait()
 
     def _answer_late(self, ticket: Ticket) -> None:
@@ -238,11 +239,11 @@ class ConversionService:
         change is recorded, too: whatever it asks next waits until that is done.
         """
         with self._memory_lock:
-            started_ns = time.monotonic_ns()
+            started_ns = _now_ns()
             outcome = self._apply(change)
             alone = change.alone
             if alone is not None and outcome.failure is None:
-                alone.answered_ns = self._answered_ns = time.monotonic_ns()
+                alone.answered_ns = self._answered_ns = _now_ns()
                 alone.reply(DONE)
                 self._discard(change, change.range)
                 self._commit(change, outcome, started_ns, alone.answered_ns)
@@ -287,14 +288,14 @@ class ConversionService:
 
     def _discard(self, change: Change, applied: GpaRange) -> None:
         """Give the memory behind the side left behind back to the host, or note that it is leaked."""
-        started_ns = time.monotonic_ns()
+        started_ns = _now_ns()
         side = change.to.opposite
         try:
             self._protection.discard(applied, side)
         except BackendError as error:
             self._rules.leak(side, applied)
             _log.warning("discard-failed", why=str(error), remedy="kept, and tried again every second")
-        elapsed_ns = time.monotonic_ns() - started_ns
+        elapsed_ns = _now_ns() - started_ns
         for ticket in change.tickets:
             ticket.discard_ns += elapsed_ns
 
@@ -327,10 +328,11 @@ class ConversionService:
 
     def _answer(self) -> Sequence[Ticket]:
         """Wake the threads whose requests the rules settled, and return what is to be recorded."""
-        if not self._rules.settled:
+        rules = self._rules
+        if not rules.settled:
             return ()
-        settled = self._rules.take_settled()
-        self._answered_ns = answered_ns = time.monotonic_ns()
+        settled = rules.take_settled()
+        self._answered_ns = answered_ns = _now_ns()
         for ticket in settled:
             if ticket.answered_ns:
                 continue  # at once: see _make
@@ -350,30 +352,34 @@ class ConversionService:
 
     def _record(self) -> None:
         """Write the records that were put off."""
-        wall_offset_ns = time.time_ns() - time.monotonic_ns()
-        while self._unrecorded:
-            ticket = self._unrecorded.popleft()
-            if ticket.answer is not None:
-                self._records += 1
-                self._ring.append(_record_of(ticket, ticket.answer, self._records, wall_offset_ns))
-
-
-def _record_of(ticket: Ticket, answer: Answer, sequence: int, wall_offset_ns: int) -> ConversionRecord:
-    request, answered_ns = ticket.request, ticket.answered_ns
-    # By position, which takes half the time.
-    return ConversionRecord(
-        sequence,
-        answered_ns + wall_offset_ns,
-        answered_ns,
-        request.vcpu,
-        request.cause,
-        request.gpa,
-        request.size_bytes,
-        ticket.came_from,
-        request.to,
-        answer.outcome,
-        ticket.merged if answer.outcome is CONVERTED else 0,
-        ((ticket.started_ns or answered_ns) - ticket.arrived_ns) / 1000,
-        ticket.apply_ns / 1000,
-        ticket.discard_ns / 1000,
-    )
+        wall_offset_ns = time.time_ns() - _now_ns()
+        sequence, unrecorded = self._records, self._unrecorded
+        records = []
+        while unrecorded:
+            ticket = unrecorded.popleft()
+            request, answer, answered_ns = ticket.request, ticket.answer, ticket.answered_ns
+            if answer is None:
+                continue
+            sequence += 1
+            outcome = answer.outcome
+            # By position, which takes half the time.
+            records.append(
+                ConversionRecord(
+                    sequence,
+                    answered_ns + wall_offset_ns,
+                    answered_ns,
+                    request.vcpu,
+                    request.cause,
+                    request.gpa,
+                    request.size_bytes,
+                    ticket.came_from,
+                    request.to,
+                    outcome,
+                    ticket.merged if outcome is CONVERTED else 0,
+                    ((ticket.started_ns or answered_ns) - ticket.arrived_ns) / 1000,
+                    ticket.apply_ns / 1000,
+                    ticket.discard_ns / 1000,
+                )
+            )
+        self._records = sequence
+        self._ring.extend(records)

@@ -9,14 +9,19 @@ Without systemd nothing is sent, and every question has the answer "nothing".
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import structlog
+
+from kvmd.errors import HostError
 
 _FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.daemon")
 
 
 class ServiceManager:
@@ -27,7 +32,7 @@ class ServiceManager:
         pid: of this process, which ``LISTEN_PID`` and ``WATCHDOG_PID`` have to name.
 
     Raises:
-        OSError: ``NOTIFY_SOCKET`` names something that cannot be sent to.
+        HostError: ``NOTIFY_SOCKET`` names something that cannot be sent to.
     """
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:
@@ -39,9 +44,13 @@ class ServiceManager:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             try:
                 self._socket.connect(target)
-            except OSError:
+            except OSError as error:
                 self._socket.close()
-                raise
+                raise HostError(
+                    f"cannot reach the service manager at {address}: {error.strerror}: unset NOTIFY_SOCKET where kvmd "
+                    "was not started by one"
+                ) from error
+        self._unheard = False
         self._watchdog_seconds = _watchdog_seconds(environment, pid)
         self._listened = _listened(environment, pid)
 
@@ -62,7 +71,7 @@ class ServiceManager:
 
     @property
     def listened(self) -> Mapping[str, int]:
-        """File descriptors that were handed over, by name: sockets of socket activation, and what was stored."""
+        """File descriptors that were handed over, by name: sockets of socket activation."""
         return self._listened
 
     def ready(self, status: str) -> None:
@@ -85,21 +94,24 @@ class ServiceManager:
         """Feed the watchdog."""
         self._notify("WATCHDOG=1")
 
-    def store(self, name: str, fds: Sequence[int]) -> None:
-        """Give copies of the descriptors to the manager, to be handed over to the daemon's next start."""
-        self._notify("FDSTORE=1", f"FDNAME={name}", fds=fds)
-
     def close(self) -> None:
         """Give up the line; harmless the second time."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def _notify(self, *lines: str, fds: Sequence[int] = ()) -> None:
+    def _notify(self, *lines: str) -> None:
+        """Send a notice. One that does not get through ends nothing: guests outlive their manager's troubles."""
         if self._socket is None:
             return
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self._socket.sendmsg(["\n".join(lines).encode()], rights)
+        try:
+            self._socket.send("\n".join(lines).encode())
+        except OSError as error:
+            if not self._unheard:
+                _log.warning("service-manager-does-not-listen", notice=lines[0], problem=error.strerror)
+            self._unheard = True
+        else:
+            self._unheard = False
 
 
 def _watchdog_seconds(environment: Mapping[str, str], pid: int) -> float | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
+from kvmd.errors import HostError
 from kvmd.service_manager import ServiceManager
 
 
@@ -48,21 +49,14 @@ def test_a_status_cannot_smuggle_in_a_variable(manager: ServiceManager, notified
     assert notified.recv(1000) == b"STATUS=one FDSTORE=1 two"
 
 
-def test_descriptors_are_stored_under_a_name(manager: ServiceManager, notified: socket.socket) -> None:
-    read, write = os.pipe()
-    try:
-        manager.store("events", [write])
-        message, ancillary, _, _ = notified.recvmsg(1000, socket.CMSG_SPACE(4))
-        assert message == b"FDSTORE=1\nFDNAME=events"
-        ((level, kind, data),) = ancillary
-        assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        (copy,) = array.array("i", data)
-        os.write(copy, b"same pipe")
-        os.close(copy)
-        assert os.read(read, 100) == b"same pipe"
-    finally:
-        os.close(read)
-        os.close(write)
+def test_a_manager_that_does_not_listen_ends_nothing(manager: ServiceManager, notified: socket.socket) -> None:
+    notified.close()
+    with structlog.testing.capture_logs() as logs:
+        manager.alive()
+        manager.alive()
+    (told,) = logs
+    assert told["event"] == "service-manager-does-not-listen"
+    assert (told["notice"], told["problem"]) == ("WATCHDOG=1", "Connection refused")
 
 
 def test_an_abstract_address() -> None:
@@ -76,7 +70,7 @@ def test_an_abstract_address() -> None:
 
 
 def test_a_socket_that_nobody_listens_on(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(HostError, match="unset NOTIFY_SOCKET"):
         ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "none")}, 1)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Report, Series, take_turns_together
 from kvmd.network.networks import open_networks
+from kvmd.network.own_thread import in_own_thread
 from kvmd.network.spec import NetworkSpec
 from tests.linux_guest.daemon import Daemon
 from tests.linux_guest.debian import Kernel
@@ -26,7 +27,7 @@ from tests.linux_guest.peer import Peer
 from tests.linux_guest.proof import BRIDGE, GUEST, HOST, PREFIX, Ended, NoEnd, as_toml, run_to_end, write_initrd
 from tests.linux_guest.qemu import QemuNetwork, microvm
 from tests.linux_guest.report import Report as GuestReport
-from tests.own_network import in_thread, leave_network
+from tests.own_network import leave_network
 
 TARGET_START = 1.3
 """Times QEMU's time to init, at most."""
@@ -91,7 +92,7 @@ def turns(options: Options, *, qemu: str, kernel: Path) -> Report:
     # In the network of its own /sys is another.
     counters = os.open(_COUNTERS, os.O_RDONLY | os.O_DIRECTORY) if _COUNTERS.is_dir() else None
     try:
-        return in_thread(lambda: _measure(options, qemu, kernel, _Counters(counters)))
+        return in_own_thread(lambda: _measure(options, qemu, kernel, _Counters(counters)))
     finally:
         if counters is not None:
             os.close(counters)

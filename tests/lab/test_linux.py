@@ -25,7 +25,7 @@ SECONDS = 900.0
 def prove(folder: Path, kernel: Kernel, *, vcpus: int, end: str = "poweroff", **keys: str) -> tuple[int, str]:
     """Return the exit status and the log, once everything that the guest did is seen to be right."""
     bridge = NetworkSpec(kind="made-bridge", bridge=BRIDGE, addresses=(f"{HOST}/{PREFIX}",))
-    with open_networks([bridge], machine="proof"), Proof(folder, kernel, end=end) as proof:
+    with open_networks([bridge], machine="proof"), Proof(folder, kernel, end=end, console=False) as proof:
         machine = {**keys, **proof.machine("guest", vcpus=vcpus)}
         spec = folder / "machine.toml"
         spec.write_text(as_toml(machine))
