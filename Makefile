@@ -43,7 +43,7 @@ lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's
 	lab/setup
 	$(BIN)/python -m tests.linux_guest.debian
 	$(BIN)/python -m compileall -q kvmd tests
-	LAB_CPUS=1 KVMD_TEST_LINUX=required lab/test -m linux_guest tests/lab
+	LAB_CPUS=1 KVMD_TEST_LINUX=required lab/test tests/lab/test_linux_guest.py
 
 guests: ## Rebuild the payload guests with the GNU toolchain
 	$(MAKE) -C kvmd/guests/src
