@@ -19,6 +19,7 @@ from kvmd.kvm.guest_memfd import GuestMemfd
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
 from kvmd.memory.backing import Backing
+from kvmd.memory.host_memory import HostMemory
 from kvmd.memory.page_state import PageStateMap
 from kvmd.payload.boot import BootLayout, plan_boot
 from kvmd.payload.elf import LoadedImage
@@ -102,7 +103,7 @@ class Hardware:
     vcpus: list[Vcpu]
     protection: Protection
     boot: BootLayout | LinuxBoot
-    shared: Backing
+    shared: HostMemory
     state: PageStateMap
     pinned: GpaRange
     lock: threading.Lock

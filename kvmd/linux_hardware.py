@@ -36,7 +36,9 @@ from kvmd.linux.address_map import (
 )
 from kvmd.linux.boot import LinuxBoot, LinuxWrite, plan_linux
 from kvmd.linux.kernel import Kernel
+from kvmd.memory.anonymous import AnonymousMemory
 from kvmd.memory.backing import Backing
+from kvmd.memory.host_memory import HostMemory
 from kvmd.memory.page_state import PageStateMap
 from kvmd.protection.base import Protection
 from kvmd.protection.guest_memfd import GuestMemfdProtection
@@ -92,9 +94,8 @@ def open_linux(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardwar
             enabled = enable_capabilities(vm)
             vm.create_interrupt_controllers(tss_gpa=TSS, identity_map_gpa=IDENTITY_MAP)
             check_kernel_memory(spec.memory, choice)
-            shared, state = _memory(boot, stack)
-            lock = threading.Lock()
-            protection = _protect(vm, shared, state, lock, boot, choice, stack)
+            state, lock = PageStateMap(boot.memory[-1].end, PageState.SHARED), threading.Lock()
+            shared, protection = _memory(vm, boot, state, lock, choice, stack)
             platform = _platform(vm, devices, stack)
             vcpus = _vcpus(kvm, vm, spec.vcpus, boot, stack)
         except BackendError as error:
@@ -135,34 +136,31 @@ def _acpi(vcpus: int, devices: int) -> LinuxWrite:
     return LinuxWrite(ACPI_TABLES.start, tables)
 
 
-def _memory(boot: LinuxBoot, stack: ExitStack) -> tuple[Backing, PageStateMap]:
-    """Map host memory and put the guest into it. The devices' addresses between two ranges of it stay a hole."""
-    end = boot.memory[-1].end
-    shared = stack.enter_context(Backing("shared", end))
-    for write in boot.writes:
-        shared.write(write.gpa, bytes(write.data))
-    return shared, PageStateMap(end, PageState.SHARED)
+def _memory(
+    vm: Vm, boot: LinuxBoot, state: PageStateMap, lock: threading.Lock, choice: Choice, stack: ExitStack
+) -> tuple[HostMemory, Protection]:
+    """Map host memory, put the guest into it, and it into memslots.
 
-
-def _protect(
-    vm: Vm,
-    shared: Backing,
-    state: PageStateMap,
-    lock: threading.Lock,
-    boot: LinuxBoot,
-    choice: Choice,
-    stack: ExitStack,
-) -> Protection:
-    """Put the memory into memslots."""
+    The devices' addresses between two ranges of it stay a hole.
+    """
     if choice.protection == "none":
+        anonymous = stack.enter_context(AnonymousMemory("shared", state.range.size_bytes))
+        _load(boot, anonymous)
         for slot, range_ in enumerate(boot.memory):
-            vm.set_memory_region(slot, range_.start, range_.size_bytes, shared.address_of(range_.start))
-        return NoProtection(shared.size_bytes)
+            vm.set_memory_region(slot, range_.start, range_.size_bytes, anonymous.address_of(range_.start))
+        return anonymous, NoProtection(anonymous.size_bytes)
+    shared = stack.enter_context(Backing("shared", state.range.size_bytes))
+    _load(boot, shared)
     protection: GuestMemfdProtection[GuestMemfd] = GuestMemfdProtection(
         vm, shared, pinned=_PINNED, state=state, lock=lock
     )
     stack.callback(protection.close)
-    return protection
+    return shared, protection
+
+
+def _load(boot: LinuxBoot, memory: HostMemory) -> None:
+    for write in boot.writes:
+        memory.write(write.gpa, bytes(write.data))
 
 
 def _platform(vm: Vm, devices: int, stack: ExitStack) -> Platform:

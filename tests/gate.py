@@ -42,6 +42,7 @@ class Facility(enum.Enum):
     NETWORK = "KVMD_TEST_NETWORK"
     ACPI = "KVMD_TEST_ACPI"
     SYSTEMD = "KVMD_TEST_SYSTEMD"
+    LINUX = "KVMD_TEST_LINUX"
 
 
 class Gate(enum.Enum):

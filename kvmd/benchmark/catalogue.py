@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 from collections.abc import Callable
 
 import structlog
 
 from kvmd.benchmark.conditions import Conditions
 from kvmd.benchmark.measure import CannotMeasure, Options, Report
-from kvmd.benchmark.sources import PROGRAMS, ROOT
 from kvmd.errors import HostError, MachineSilent
 
 SUMMARIES = {
@@ -30,18 +28,15 @@ SUMMARIES = {
 }
 """Benchmarks with one line each, in the order of `kvmd bench all`."""
 
-_APART = {"profile": "where the time of a conversion goes, by function (needs py-spy; not part of `all`)"}
-
-_IN_SOURCES = {
-    "linux": "a Linux guest beside QEMU microvm: to init, its disk and its network (in the lab; not part of `all`)"
+_APART = {
+    "profile": "where the time of a conversion goes, by function (needs py-spy; not part of `all`)",
+    "linux": "a Linux guest beside QEMU microvm: to init, its disk and its network (in the lab; not part of `all`)",
 }
-"""Those that run the tests' guests, so that only a source tree has them: ``bench/NAME.py``."""
 
 
 def summaries() -> dict[str, str]:
     """Return all that can be asked for; `all` measures ``SUMMARIES``."""
-    here = {name: what for name, what in _IN_SOURCES.items() if (PROGRAMS / f"{name}.py").exists()}
-    return SUMMARIES | _APART | here
+    return SUMMARIES | _APART
 
 
 def run(name: str, options: Options) -> Report:
@@ -82,10 +77,5 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 
 def _measure_of(name: str) -> Callable[[Options], Report]:
-    if name in SUMMARIES or name in _APART:
-        module = importlib.import_module(f"kvmd.benchmark.{name}")
-    else:
-        sys.path.insert(0, str(ROOT))
-        module = importlib.import_module("bench.linux")
-    measure: Callable[[Options], Report] = module.measure
+    measure: Callable[[Options], Report] = importlib.import_module(f"kvmd.benchmark.{name}").measure
     return measure

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ROOT / "bench"
 """Where the C programs are."""
 
+LINUX_GUEST = ROOT / "tests" / "linux_guest"
+"""Where the Linux guest is that `kvmd bench linux` boots."""
+
 
 def build_folder() -> Path:
     """Return where what is built goes: the source tree's ``build/bench``, or ``$KVMD_BENCH_BUILD``."""

@@ -6,7 +6,7 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 
 from kvmd.errors import KvmdError
-from kvmd.memory.backing import Backing
+from kvmd.memory.host_memory import HostMemory
 from kvmd.memory.page_state import PageStateMap
 from kvmd.ranges import GpaRange, PageState
 from kvmd.units import page_ceil, page_floor
@@ -51,7 +51,7 @@ class HostAccessor:
     def __init__(
         self,
         state: PageStateMap,
-        shared: Backing,
+        shared: HostMemory,
         lock: threading.Lock,
         *,
         converts: bool = True,

@@ -1,12 +1,13 @@
 """The C library calls that guest memory needs, with errno kept and the GIL released while they run.
 
 ``mmap.mmap`` has no PROT_NONE mapping that ctypes may address, and its ``madvise`` holds the GIL while a large
-hole is punched; so the four calls are made directly.
+hole is punched; so the calls are made directly.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
@@ -24,6 +25,8 @@ _mmap.argtypes = (
 )
 _munmap = _libc.munmap
 _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -49,6 +52,50 @@ def map_shared(fd: int, size_bytes: int) -> int:
     if address == _MAP_FAILED:
         raise _error(f"mmap of {size_bytes} bytes")
     return int(address)
+
+
+def map_anonymous(size_bytes: int, *, alignment: int) -> int:
+    """Map zeros for reading and writing and return the address; no memory is reserved.
+
+    Args:
+        size_bytes: a multiple of the page.
+        alignment: of the address, a power of two and a multiple of the page.
+
+    Raises:
+        OSError: ENOMEM where the address space does not suffice, EINVAL for no bytes at all.
+    """
+    if not 0 < size_bytes < 1 << 63:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    # As much more as the kernel's choice may be out of alignment; both ends of it are given back.
+    whole = size_bytes + alignment
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    found = _mmap(None, whole, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if found == _MAP_FAILED:
+        raise _error(f"mmap of {size_bytes} bytes")
+    address = -(-found // alignment) * alignment
+    if address > found:
+        unmap(found, address - found)
+    if address + size_bytes < found + whole:
+        unmap(address + size_bytes, found + whole - address - size_bytes)
+    return int(address)
+
+
+def advise(address: int, size_bytes: int, advice: int, *, ignore_unsupported: bool = False) -> None:
+    """Tell the kernel how memory will be used (madvise(2)).
+
+    Args:
+        address: a multiple of the page.
+        size_bytes: likewise.
+        advice: MADV_*.
+        ignore_unsupported: EINVAL is no error: this kernel does not know the advice.
+
+    Raises:
+        OSError: as the kernel refuses.
+    """
+    if _madvise(address, size_bytes, advice) != 0:
+        error = _error(f"madvise {advice} of {size_bytes} bytes")
+        if not (ignore_unsupported and error.errno == errno.EINVAL):
+            raise error
 
 
 def map_inaccessible(size_bytes: int) -> int:

@@ -48,6 +48,9 @@ def find() -> Kernel | None:
 def fetch() -> Kernel:
     """Return the one that Debian has now, fetched where the cache has none.
 
+    Apt's lists are brought up to date, for which it takes root, only where they know no such package, or one that the
+    mirror has no longer.
+
     Raises:
         subprocess.CalledProcessError: apt or dpkg-deb failed.
         LookupError: this host's apt knows no such package.
@@ -55,11 +58,22 @@ def fetch() -> Kernel:
     found = find()
     if found is not None:
         return found
+    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        _fetch_newest()
+    except (LookupError, subprocess.CalledProcessError):
+        _run("apt-get", "update", "-qq", cwd=Path())
+        _fetch_newest()
+    found = find()
+    assert found is not None
+    return found
+
+
+def _fetch_newest() -> None:
     known = _run("apt-cache", "depends", _META_PACKAGE, cwd=Path())
     package = re.search(r"Depends: (linux-image-\S+-cloud-amd64)", known)
     if package is None:
-        raise LookupError(f"apt knows no package {_META_PACKAGE}: is this Debian, and was apt-get update run?")
-    CACHE.mkdir(parents=True, exist_ok=True)
+        raise LookupError(f"apt knows no package {_META_PACKAGE}: is this Debian?")
     with tempfile.TemporaryDirectory(dir=CACHE) as text:
         folder = Path(text)
         _run("apt-get", "download", package[1], cwd=folder)
@@ -67,9 +81,6 @@ def fetch() -> Kernel:
         _run("dpkg-deb", "--extract", str(archive), "unpacked", cwd=folder)
         # Renamed when it is whole: an interrupted one is never found.
         (folder / "unpacked").rename(CACHE / archive.name.removesuffix(".deb"))
-    found = find()
-    assert found is not None
-    return found
 
 
 def _run(name: str, *arguments: str, cwd: Path) -> str:

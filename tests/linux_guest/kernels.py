@@ -1,14 +1,14 @@
-"""Kernels for Linux guests in tests, or a skip that says how to get one."""
+"""Kernels for Linux guests in tests: where one is missing, its gate says whether that is a skip or a failure."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-import pytest
-
+from tests.gate import Facility, require
 from tests.linux_guest import debian
 from tests.linux_guest.debian import Kernel
+from tests.linux_guest.disk import missing_tools
 
 _LAB_KERNEL = Path(__file__).parents[2] / "lab" / "kernel"
 
@@ -16,14 +16,14 @@ _LAB_KERNEL = Path(__file__).parents[2] / "lab" / "kernel"
 def lab_kernel() -> Kernel:
     """Return the lab's own: everything is built in."""
     found = subprocess.run([_LAB_KERNEL], capture_output=True, text=True, check=False)  # noqa: S603 - ours
-    if found.returncode != 0:
-        pytest.skip(found.stderr.strip())
+    require(Facility.LINUX, missing_tools() or (found.stderr.strip() if found.returncode else None))
     return Kernel(Path(found.stdout.strip()))
 
 
 def debian_kernel() -> Kernel:
     """Return Debian's stock cloud kernel: everything is a module."""
     found = debian.find()
-    if found is None:
-        pytest.skip("Debian's kernel is not there: python -m tests.linux_guest.debian fetches it")
+    missing = None if found else "Debian's kernel is not there: python -m tests.linux_guest.debian fetches it"
+    require(Facility.LINUX, missing_tools() or missing)
+    assert found is not None
     return found

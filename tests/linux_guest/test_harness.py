@@ -187,3 +187,43 @@ def test_the_newest_kernel_of_the_cache_is_taken(tmp_path: Path, monkeypatch: py
     assert found is not None
     assert found.image == image
     assert found.modules == tmp_path / "6.1.0-10" / "lib" / "modules" / "6.1.0-10-cloud-amd64"
+
+
+APT = """#!/bin/sh
+echo "$0 $*" >>"{folder}/calls"
+case "${{0##*/}} $1" in
+"apt-get update") touch "{folder}/updated" ;;
+"apt-cache depends") test -e "{folder}/updated" && echo "  Depends: linux-image-6.1.0-9-cloud-amd64" ;;
+"apt-get download") touch linux-image_9.deb ;;
+"dpkg-deb --extract") mkdir -p "$3/boot" "$3/lib/modules/9" && touch "$3/boot/vmlinuz-9" ;;
+esac
+exit 0
+"""
+
+
+def test_a_kernel_is_fetched_once_and_apt_s_lists_are_updated_where_they_know_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("apt-get", "apt-cache", "dpkg-deb"):
+        (programs / name).write_text(APT.format(folder=tmp_path))
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setattr(debian, "CACHE", tmp_path / "cache")
+    image = tmp_path / "cache" / "linux-image_9" / "boot" / "vmlinuz-9"
+    assert debian.fetch().image == image
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[1] for call in calls] == ["depends", "update", "depends", "download", "--extract"]
+    assert debian.fetch().image == image
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(calls)
+
+
+def test_where_apt_knows_no_kernel_even_then_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("apt-get", "apt-cache"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(debian, "CACHE", tmp_path / "cache")
+    with pytest.raises(LookupError, match=r"^apt knows no package linux-image-cloud-amd64: is this Debian\?$"):
+        debian.fetch()
