@@ -134,7 +134,11 @@ def booted(scratch: Path) -> Iterator[SystemdHost]:
 
             host = SystemdHost(until(init))
             until(host.api.exists)
-            yield host
+            try:
+                yield host
+            finally:
+                # pytest shows it where a test has failed.
+                sys.stdout.write(host.run("journalctl", "--no-pager", "--boot", "--lines=200"))
         finally:
             # The kernel ends all of a namespace with its PID 1.
             boot.kill()
