@@ -10,6 +10,7 @@ file                 what                                                       
                                                                                          end the fleet
 ``console-*``        what the guest printed                                              the process
 ``log-*``            its log, lines of JSON                                              the process
+``conversions-*``    the last conversions, while it lives and after a violent end        the process
 ``stderr``           what Python says of a crash; mostly empty                           the process
 ``conversions.last`` ``LastConversions``                                                 the process, at its end
 ``end.json``         ``EndFile``: how it ended                                           the process, last of all; at
@@ -47,6 +48,9 @@ STDERR = "stderr"
 LAST_CONVERSIONS = "conversions.last"
 END = "end.json"
 EXIT = "exit.json"
+
+LAST_RECORDS = 16384
+"""Conversions that outlive the machine: two megabytes of file, at most."""
 
 _BACKLOG = 128
 """Connections that wait for a process that is not ready yet."""
