@@ -2,18 +2,17 @@
 
 The protocol is a datagram for each notice (sd_notify(3)) and an environment variable for each fact (sd_listen_fds(3)),
 so it is written here. Tried: ``systemd-python`` and ``cysystemd`` want a compiler and libsystemd's headers to install;
-``sdnotify`` opens its socket for each call, hides every error, and knows neither the watchdog nor file descriptors.
+``sdnotify`` opens its socket for each call, hides every error, and knows neither the watchdog nor sockets.
 
 Without systemd nothing is sent, and every question has the answer "nothing".
 """
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 _FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
@@ -62,7 +61,7 @@ class ServiceManager:
 
     @property
     def listened(self) -> Mapping[str, int]:
-        """File descriptors that were handed over, by name: sockets of socket activation, and what was stored."""
+        """File descriptors that were handed over, by name: sockets of socket activation."""
         return self._listened
 
     def ready(self, status: str) -> None:
@@ -85,21 +84,15 @@ class ServiceManager:
         """Feed the watchdog."""
         self._notify("WATCHDOG=1")
 
-    def store(self, name: str, fds: Sequence[int]) -> None:
-        """Give copies of the descriptors to the manager, to be handed over to the daemon's next start."""
-        self._notify("FDSTORE=1", f"FDNAME={name}", fds=fds)
-
     def close(self) -> None:
         """Give up the line; harmless the second time."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def _notify(self, *lines: str, fds: Sequence[int] = ()) -> None:
-        if self._socket is None:
-            return
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self._socket.sendmsg(["\n".join(lines).encode()], rights)
+    def _notify(self, *lines: str) -> None:
+        if self._socket is not None:
+            self._socket.send("\n".join(lines).encode())
 
 
 def _watchdog_seconds(environment: Mapping[str, str], pid: int) -> float | None:

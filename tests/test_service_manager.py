@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 from collections.abc import Iterator
@@ -46,23 +45,6 @@ def test_each_notice_is_one_datagram(manager: ServiceManager, notified: socket.s
 def test_a_status_cannot_smuggle_in_a_variable(manager: ServiceManager, notified: socket.socket) -> None:
     manager.status("one\nFDSTORE=1\r\n two")
     assert notified.recv(1000) == b"STATUS=one FDSTORE=1 two"
-
-
-def test_descriptors_are_stored_under_a_name(manager: ServiceManager, notified: socket.socket) -> None:
-    read, write = os.pipe()
-    try:
-        manager.store("events", [write])
-        message, ancillary, _, _ = notified.recvmsg(1000, socket.CMSG_SPACE(4))
-        assert message == b"FDSTORE=1\nFDNAME=events"
-        ((level, kind, data),) = ancillary
-        assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        (copy,) = array.array("i", data)
-        os.write(copy, b"same pipe")
-        os.close(copy)
-        assert os.read(read, 100) == b"same pipe"
-    finally:
-        os.close(read)
-        os.close(write)
 
 
 def test_an_abstract_address() -> None:
