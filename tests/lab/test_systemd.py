@@ -145,7 +145,8 @@ def test_a_machine_s_first_output_comes_without_waiting_for_a_process(
     imports = int(cpu_stat(cgroup)["usage_usec"]) / 1e6
     with capsys.disabled():
         print(  # noqa: T201 - a measurement
-            f"\nunder systemd, in the lab: POST to first output {took:.2f} s, of which creating {created - began:.2f} s; "
+            f"\nunder systemd, in the lab: POST to first output {took:.2f} s, "
+            f"of which creating {created - began:.2f} s; "
             f"the machine's process has taken {imports:.1f} s of CPU since its unit's start"
         )
     # Nearly all of that is Python's imports, which were done before the POST.
