@@ -6,7 +6,7 @@ from kvmd.fleet.pool_plan import PoolPlan
 def starts(plan: PoolPlan) -> list[int]:
     """Start as many units as the plan wants."""
     found = []
-    while (number := plan.start_one()) is not None:
+    while (number := plan.start_one(spares=True)) is not None:
         found.append(number)
     return found
 
@@ -86,3 +86,19 @@ def test_with_fewer_spare_ones_the_last_to_come_goes() -> None:
     assert plan.surplus() == 2
     assert plan.surplus() is None
     assert plan.waiting == 1
+
+
+def test_spares_can_wait_and_those_that_are_asked_for_cannot() -> None:
+    plan = PoolPlan(2, most_starting=4)
+    assert plan.start_one(spares=False) is None
+    plan.ask()
+    assert plan.start_one(spares=False) == 1
+    assert plan.start_one(spares=False) is None
+    assert [plan.start_one(spares=True) for _ in range(3)] == [2, 3, None]
+    assert plan.came(2)
+    assert plan.came(3)
+    assert plan.take() == 2
+    plan.give_up()
+    plan.ask()
+    # One waits, another is on its way.
+    assert plan.start_one(spares=False) is None
