@@ -33,8 +33,9 @@ _BACKLOG = 128
 _PEER = struct.Struct("iii")
 """struct ucred: pid, uid, gid (unix(7))."""
 
-_COME_SECONDS = 120.0
-"""How long a process may take from its unit's start to its first word; systemd has a shorter patience of its own."""
+_COME_SECONDS = 600.0
+"""How long a process may take from its unit's start to its first word. The unit's own TimeoutStartSec= is what counts;
+this is for a systemd that does not answer."""
 
 _AGAIN_SECONDS = 5.0
 """After a unit that did not start, or ended while it waited, before another is started that nobody has asked for."""
@@ -154,14 +155,14 @@ class UnitPool:
 
     async def _take(self) -> _Connection:
         failures = self._failures
-        if self._refill_at == -math.inf:
-            self._refill_at = trio.current_time() + _REFILL_SECONDS
         self._plan.ask()
         self._wake()
         try:
             while True:
                 number = self._plan.take()
                 if number is not None:
+                    if self._refill_at == -math.inf:
+                        self._refill_at = trio.current_time() + _REFILL_SECONDS
                     self._wake()
                     connection = self._connected[number]
                     connection.watched.cancel()
