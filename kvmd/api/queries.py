@@ -6,12 +6,12 @@ declarations; one that is not goes on to FastAPI, which has the words for what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
 from fastapi import Query
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from kvmd.api import filters
 from kvmd.api.filters import ADDRESS, ConversionFilter, address, conversion_filter
@@ -29,6 +29,7 @@ Limit = Annotated[int | None, Query(ge=1, le=CONVERSIONS_LIMIT, description="the
 Last = Annotated[int | None, Query(ge=1, le=CONVERSIONS_LIMIT, description="the last so many instead")]
 
 _FIELDS_LIMIT = 16
+_ESCAPES = frozenset("%+")
 
 
 class Parameters:
@@ -51,14 +52,29 @@ class Parameters:
 
         Not plain is, beside what is wrong, a parameter that comes twice.
         """
+        text = query.decode("latin-1")
+        found: dict[str, Any] = {}
         try:
-            given = parse_qsl(
-                query.decode("latin-1"), keep_blank_values=True, strict_parsing=True, max_num_fields=_FIELDS_LIMIT
-            )
-            found = {name: self._validators[name](text) for name, text in given}
-        except (KeyError, ValueError, ValidationError):
+            for name, value in _pairs(text) if _ESCAPES.isdisjoint(text) else _parsed(text):
+                if name in found:
+                    return None
+                found[name] = self._validators[name](value)
+        except (KeyError, ValueError):  # pydantic's ValidationError is one
             return None
-        return found if len(found) == len(given) else None
+        return found
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """Yield names and values where nothing is escaped: parse_qsl takes as long as all that follows."""
+    for pair in text.split("&"):
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(pair)
+        yield name, value
+
+
+def _parsed(text: str) -> list[tuple[str, str]]:
+    return parse_qsl(text, keep_blank_values=True, strict_parsing=True, max_num_fields=_FIELDS_LIMIT)
 
 
 CONVERSIONS = Parameters(
