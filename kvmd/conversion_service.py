@@ -20,21 +20,25 @@ import structlog
 import trio
 
 from kvmd.conversion.changes import Change, Failure, FailureKind, Ticket
-from kvmd.conversion.messages import Answer, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.messages import CONVERTED, DONE, Answer, ConversionRequest, GuestResult, MmioAccess, Outcome
 from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.errors import BackendError
-from kvmd.protection.base import Protection
+from kvmd.protection.base import Applied, Protection
 from kvmd.ranges import GpaRange
 from kvmd.request_channel import RequestChannel
 from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.conversion_service")
 
 INLINE_PAGES = 16
 """A change of more pages is made in a worker thread, so that the event loop goes on meanwhile. Handing one over costs
 about as much as converting a page."""
+
+_INLINE_BYTES = INLINE_PAGES * PAGE_SIZE
+_now_ns = time.monotonic_ns
 
 TURN_NS = 2_000_000
 """The longest that the service keeps the event loop to itself while requests keep coming, in nanoseconds."""
@@ -73,6 +77,9 @@ class ConversionService:
         protection: makes changes real.
         memory_lock: held while memory changes hands, and by whoever reads guest memory for the host.
         ring: takes a record of every answer.
+
+    Attributes:
+        sequence: the number of changes so far: read before KVM_RUN, it tells how old a fault is.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class ConversionService:
         ring: RecordRing,
     ) -> None:
         self._rules = rules
+        self.sequence = rules.sequence
         self._protection = protection
         self._memory_lock = memory_lock
         self._ring = ring
@@ -98,18 +106,13 @@ class ConversionService:
     # -- the vCPU threads' side ----------------------------------------------------------------------------
 
     @property
-    def sequence(self) -> int:
-        """The number of changes so far: read before KVM_RUN, it tells how old a fault is."""
-        return self._rules.sequence
-
-    @property
     def requested(self) -> int:
         """Requests that vCPU threads handed in so far, answered or not."""
         return self._channel.count
 
     def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
         """Hand over a request and block the calling vCPU thread until it is answered."""
-        self._channel.put(Ticket(request, waiter.answer, time.monotonic_ns()))
+        self._channel.put(Ticket(request, waiter.answer, _now_ns()))
         return waiter.wait()
 
     def _answer_late(self, ticket: Ticket) -> None:
@@ -164,9 +167,10 @@ class ConversionService:
                 # They were on their way through the channel when the service was closed.
                 rules.fail_all(self._closed)
             change = rules.next_change()
-            self._unrecorded.extend(self._answer())
+            if rules.settled:
+                self._unrecorded.extend(self._answer())
             if change is not None:
-                if change.range.pages <= INLINE_PAGES:
+                if change.range.end - change.range.start <= _INLINE_BYTES:
                     self._make(change)
                 else:
                     await self._move_apart(change)
@@ -177,13 +181,16 @@ class ConversionService:
                 await trio.lowlevel.checkpoint()
                 turn_ends = time.monotonic_ns() + TURN_NS
             arrived = channel.take() if rules.busy else channel.linger()
-            if not arrived and not rules.busy:
-                self._record()
-                channel.leave()
-                arrived = channel.take()
-                if not arrived:
-                    return
-                channel.attend()
+            if not arrived and not rules.busy and not (arrived := self._take_last()):
+                return
+
+    def _take_last(self) -> list[Ticket]:
+        """Leave the channel to its porter; or go on attending to it, with what came just before."""
+        self._record()
+        self._channel.leave()
+        if arrived := self._channel.take():
+            self._channel.attend()
+        return arrived
 
     async def _move_apart(self, change: Change) -> None:
         """Let a worker thread serve, so that the event loop goes on while a large change is made."""
@@ -204,7 +211,7 @@ class ConversionService:
         does. So what comes meanwhile is taken from the threads' queue, and does not go over the trio channel.
         """
         while change is not None:
-            if change.range.pages <= INLINE_PAGES:
+            if change.range.size_bytes <= _INLINE_BYTES:
                 self._make(change)
             else:
                 self._make_large(change)
@@ -228,53 +235,67 @@ class ConversionService:
         """Make a small change.
 
         The vCPU is answered before the side left behind is discarded: nobody can touch that side until the service
-        makes another change, and the guest goes on meanwhile.
+        makes another change, and the guest goes on meanwhile. Where its answer is certain, it is answered before the
+        change is recorded, too: whatever it asks next waits until that is done.
         """
         with self._memory_lock:
-            applied, failure = self._apply(change)
-            self._rules.finish(change, failure)
-            settled = self._answer()
-            if applied is not None:
-                self._discard(change, applied)
+            started_ns = _now_ns()
+            outcome = self._apply(change)
+            alone = change.alone
+            if alone is not None and outcome.failure is None:
+                alone.answered_ns = self._answered_ns = _now_ns()
+                alone.reply(DONE)
+                self._discard(change, change.range)
+                self._commit(change, outcome, started_ns, alone.answered_ns)
+                self._rules.finish(change)
+                settled = self._answer()
+            else:
+                applied = self._commit(change, outcome, started_ns, time.monotonic_ns())
+                self._rules.finish(change, outcome.failure)
+                settled = self._answer()
+                if applied is not None:
+                    self._discard(change, applied)
         self._unrecorded.extend(settled)
 
     def _make_large(self, change: Change) -> None:
         """Make a change that may be one chunk of many. Where the machine ends meanwhile, nobody is answered here."""
         with self._memory_lock:
-            applied, failure = self._apply(change)
+            started_ns = time.monotonic_ns()
+            outcome = self._apply(change)
+            applied = self._commit(change, outcome, started_ns, time.monotonic_ns())
             if applied is not None:
                 self._discard(change, applied)
         if self._closed is None:
-            self._rules.finish(change, failure)
+            self._rules.finish(change, outcome.failure)
             self._unrecorded.extend(self._answer())
 
-    def _apply(self, change: Change) -> tuple[GpaRange | None, Failure | None]:
-        """Bring the pages into their new state, as far as the backend does, and record it."""
-        started_ns = time.monotonic_ns()
-        applied = None
-        failure = self._discard_first(change) if change.discard_first else None
-        if failure is None:
-            outcome = self._protection.apply(change.range, change.to)
-            failure = outcome.failure
-            applied = self._rules.commit(change, outcome.end)
-        elapsed_ns = time.monotonic_ns() - started_ns
+    def _apply(self, change: Change) -> Applied:
+        """Bring the pages into their new state, as far as the backend does."""
+        if change.discard_first and (failure := self._discard_first(change)) is not None:
+            return Applied(change.range.start, failure)
+        return self._protection.apply(change.range, change.to)
+
+    def _commit(self, change: Change, outcome: Applied, started_ns: int, ended_ns: int) -> GpaRange | None:
+        """Record what was applied, and return it; None for nothing."""
         for ticket in change.tickets:
             ticket.started_ns = ticket.started_ns or started_ns
-            ticket.apply_ns += elapsed_ns
-        if failure is not None:
-            _log.warning("change-failed", range=str(change.range), to=change.to.value, why=failure.message)
-        return applied, failure
+            ticket.apply_ns += ended_ns - started_ns
+        if outcome.failure is not None:
+            _log.warning("change-failed", range=str(change.range), to=change.to.value, why=outcome.failure.message)
+        applied = self._rules.commit(change, outcome.end)
+        self.sequence = self._rules.sequence
+        return applied
 
     def _discard(self, change: Change, applied: GpaRange) -> None:
         """Give the memory behind the side left behind back to the host, or note that it is leaked."""
-        started_ns = time.monotonic_ns()
+        started_ns = _now_ns()
         side = change.to.opposite
         try:
             self._protection.discard(applied, side)
         except BackendError as error:
             self._rules.leak(side, applied)
             _log.warning("discard-failed", why=str(error), remedy="kept, and tried again every second")
-        elapsed_ns = time.monotonic_ns() - started_ns
+        elapsed_ns = _now_ns() - started_ns
         for ticket in change.tickets:
             ticket.discard_ns += elapsed_ns
 
@@ -307,11 +328,14 @@ class ConversionService:
 
     def _answer(self) -> Sequence[Ticket]:
         """Wake the threads whose requests the rules settled, and return what is to be recorded."""
-        if not self._rules.settled:
+        rules = self._rules
+        if not rules.settled:
             return ()
-        settled = self._rules.take_settled()
-        self._answered_ns = answered_ns = time.monotonic_ns()
+        settled = rules.take_settled()
+        self._answered_ns = answered_ns = _now_ns()
         for ticket in settled:
+            if ticket.answered_ns:
+                continue  # at once: see _make
             ticket.answered_ns = answered_ns
             answer = ticket.answer
             if answer is not None:
@@ -350,7 +374,7 @@ def _record_of(ticket: Ticket, answer: Answer, sequence: int, wall_offset_ns: in
         ticket.came_from,
         request.to,
         answer.outcome,
-        ticket.merged if answer.outcome is Outcome.CONVERTED else 0,
+        ticket.merged if answer.outcome is CONVERTED else 0,
         ((ticket.started_ns or answered_ns) - ticket.arrived_ns) / 1000,
         ticket.apply_ns / 1000,
         ticket.discard_ns / 1000,

@@ -9,11 +9,11 @@ import enum
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Final, Protocol
 
 from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE, explicit_request
 from kvmd.conversion.livelock import LivelockWatch
-from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.messages import CONVERTED, IMPLICIT, Answer, ConversionRequest, GuestResult, MmioAccess
 from kvmd.conversion_service import Waiter
 from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
@@ -67,6 +67,9 @@ class Next(enum.Enum):
     """Enter the guest again."""
     COMPLETE = "complete"
     """The same, but the exit is finished only by that entry: a pause has to wait for it."""
+
+
+_ENTER: Final = Next.ENTER  # see kvmd.ranges.PRIVATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ class ExitHandler:
             return self._on_fault(exit_)
         if isinstance(exit_, Interrupted):
             self._vcpu.clear_exit_request()
-            return Next.ENTER
+            return _ENTER
         self._watch.progress()
         if isinstance(exit_, EmulationFailure):
             return self._on_emulation_failure(exit_)
@@ -175,17 +178,19 @@ class ExitHandler:
 
     def _on_fault(self, fault: MemoryFault) -> Next | Stop:
         gpa, to = self._protection.wanted(fault)
-        answer = self._implicit(gpa, fault.size, to)
+        # By position, which takes half the time; True: what a fault asks for is never malformed.
+        request = ConversionRequest(self._index, IMPLICIT, gpa, fault.size, to, self._entered_at, True)  # noqa: FBT003
+        answer = self._service.request(request, self._waiter)
         if answer.stop is not None:
             return self._with_registers(self._diagnosed(answer.stop, gpa, fault.size, to))
         # A stale or spurious fault only lost a race, which says nothing of its instruction.
-        if answer.outcome is Outcome.CONVERTED and self._watch.fault():
+        if answer.outcome is CONVERTED and self._watch.fault():
             return self._stop(
                 StopReason.NO_PROGRESS,
                 f"one instruction faults again and again without completing, last for gpa {gpa:#x} to {to.value}: it "
                 "needs the private and the shared view of a page at the same time",
             )
-        return Next.ENTER
+        return _ENTER
 
     def _on_mmio(self, exit_: Mmio) -> Next | Stop:
         """An access that KVM emulates: to a view that is not live, to a hole in mid-change, or to no memory at all."""
@@ -298,17 +303,16 @@ class ExitHandler:
             answer = self._implicit(page_floor(gpa), PAGE_SIZE, state)
             if answer.stop is not None:
                 return self._with_registers(answer.stop)
-            moved = answer.outcome is Outcome.CONVERTED or self._service.sequence != self._entered_at
+            moved = answer.outcome is CONVERTED or self._service.sequence != self._entered_at
             if moved and self._fetch_retries < _FETCH_RETRIES:
                 self._fetch_retries += 1
-                return Next.ENTER
+                return _ENTER
         return self._stop(StopReason.EMULATION_FAILURE, f"KVM cannot emulate the {where}")
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _implicit(self, gpa: int, size: int, to: PageState, access: MmioAccess | None = None) -> Answer:
-        # By position, which takes half the time; True: what a fault asks for is never malformed.
-        request = ConversionRequest(self._index, Cause.IMPLICIT, gpa, size, to, self._entered_at, True, access)  # noqa: FBT003
+        request = ConversionRequest(self._index, IMPLICIT, gpa, size, to, self._entered_at, access=access)
         return self._service.request(request, self._waiter)
 
     def _explicit(self, arguments: tuple[int, int, int]) -> Answer:

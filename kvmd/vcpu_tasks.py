@@ -53,7 +53,7 @@ class VcpuThread:
 
     def _loop(self) -> VcpuResult:
         gate, seat, vcpu, service, answer = self._gate, self._seat, self._vcpu, self._service, self._handler.answer
-        completing = False
+        completing, complete = False, Next.COMPLETE
         while True:
             # Inside first, then the look at the gate: see kvmd.run_gate for the order.
             seat.inside = True
@@ -74,7 +74,7 @@ class VcpuThread:
             outcome = answer(exit_, entered_at)
             if not isinstance(outcome, Next):
                 return outcome
-            completing = outcome is Next.COMPLETE
+            completing = outcome is complete
 
 
 class VcpuTasks:

@@ -6,9 +6,10 @@ loop, the answer, and the record; only the rules are replaced by ones that answe
 what is changed then, is no part of handing over. The rows after it put the rules back. Then the ways that were not
 taken, without service, rules and records.
 
-Where the two threads are matters more than anything else, so it is fixed: both on one CPU, where waking a thread is
-only a switch to it, or on two, where it is an interrupt to a CPU that sleeps (dear in a virtual machine). Each way has
-an event loop of its own while it is measured.
+Where the two threads are matters more than anything else. So there are three kinds of rows: where the kernel puts
+them, as in a machine; both held on one CPU, where waking a thread is only a switch to it, so that all that kvmd adds
+shows; and on two, where it is an interrupt to a CPU that sleeps (dear in a virtual machine). Each way has an event loop
+of its own while it is measured.
 """
 
 from __future__ import annotations
@@ -58,17 +59,19 @@ def measure(options: Options) -> Report:
     """Measure all ways of handing over."""
     report = Report("handoff", "from a vCPU's thread to the service and back")
     cpus = sorted(os.sched_getaffinity(0))
-    for where, asking, answering in (("one CPU", cpus[0], cpus[0]), ("two CPUs", cpus[0], cpus[-1])):
-        if where == "two CPUs" and asking == answering:
-            continue
-        ways = {make().label: partial(_round, make, asking, answering) for make in _WAYS}
-        os.sched_setaffinity(0, {answering})
+    anywhere, first, last = frozenset(cpus), frozenset(cpus[:1]), frozenset(cpus[-1:])
+    places = [("", anywhere, anywhere), (", one CPU", first, first)]
+    if first != last:
+        places.append((", two CPUs", first, last))
+    for where, asking, answering in places:
+        ways = {make().label: partial(_round, make, asking, answering) for make in (_WAYS if where else _MAIN_WAYS)}
+        os.sched_setaffinity(0, answering)
         series = take_turns(ways, rounds=options.rounds(60), unit="us")
         os.sched_setaffinity(0, cpus)
         bare = series.pop(_BARE)
         for label, measured in series.items():
-            target = TARGET if label == _HANDOFF else None
-            report.ratios.append(Ratio(replace(measured, label=f"{label}, {where}"), bare, target))
+            target = TARGET if label == _HANDOFF and not where else None
+            report.ratios.append(Ratio(replace(measured, label=f"{label}{where}"), bare, target))
     _measure_under_load(report, cpus, options)
     report.notes.append(
         f"{_TURNS} hand-offs a round, one thread asking; `{_HANDOFF}` is kvmd's ConversionService with rules that "
@@ -79,12 +82,13 @@ def measure(options: Options) -> Report:
 
 def _measure_under_load(report: Report, cpus: list[int], options: Options) -> None:
     """Measure what kvmd has, and the yardstick, while the loop serves the API."""
+    first = frozenset(cpus[:1])
 
     def ask(way: _Way) -> float:
-        return _ask(way, cpus[0], cpus[0])
+        return _ask(way, first, first)
 
     ways: dict[str, Callable[[], _Way]] = {make.label: make for make in (_Bare, _Service, _Converted)}
-    idle = take_turns({_BARE: partial(_round, _Bare, cpus[0], cpus[0])}, rounds=options.rounds(_LOADED), unit="us")
+    idle = take_turns({_BARE: partial(_round, _Bare, first, first)}, rounds=options.rounds(_LOADED), unit="us")
     try:
         found = under_load(ways, ask, rounds=options.rounds(_LOADED), cpu=cpus[0], client_cpu=cpus[-1])
     finally:
@@ -101,8 +105,8 @@ def _measure_under_load(report: Report, cpus: list[int], options: Options) -> No
     )
 
 
-def _round(make: Callable[[], _Way], asking: int, answering: int) -> float:
-    """Return microseconds for one hand-off, made from a thread on one CPU to an event loop on another, or the same."""
+def _round(make: Callable[[], _Way], asking: frozenset[int], answering: frozenset[int]) -> float:
+    """Return microseconds for one hand-off, made from a thread on some CPUs to an event loop on others, or the same."""
 
     async def main() -> float:
         way = make()
@@ -116,8 +120,8 @@ def _round(make: Callable[[], _Way], asking: int, answering: int) -> float:
     return trio.run(main)
 
 
-def _ask(way: _Way, asking: int, answering: int) -> float:
-    os.sched_setaffinity(0, {asking})
+def _ask(way: _Way, asking: frozenset[int], answering: frozenset[int]) -> float:
+    os.sched_setaffinity(0, asking)
     try:
         for _ in range(_WARM_UP_TURNS):
             way.call()
@@ -126,7 +130,7 @@ def _ask(way: _Way, asking: int, answering: int) -> float:
             way.call()
         return (time.perf_counter_ns() - started_ns) / 1000 / _TURNS
     finally:
-        os.sched_setaffinity(0, {answering})  # trio keeps the thread for others
+        os.sched_setaffinity(0, answering)  # trio keeps the thread for others
 
 
 class _Way:
@@ -407,11 +411,10 @@ class _FromThread(_Way):
         await trio.sleep_forever()
 
 
+_MAIN_WAYS: tuple[Callable[[], _Way], ...] = (_Bare, _Service, _Spurious, _Converted)
+
 _WAYS: tuple[Callable[[], _Way], ...] = (
-    _Bare,
-    _Service,
-    _Spurious,
-    _Converted,
+    *_MAIN_WAYS,
     _FromThread,
     _Channel,
     _SoonChannel,

@@ -90,6 +90,8 @@ class Change(msgspec.Struct, frozen=True):
         discard_first: pages whose side that becomes live still holds old contents: they are discarded before
             it does, or the change fails.
         tickets: who asked, first come first.
+        alone: the one fault that the whole change answers, where there is no other and nothing to be done for it
+            besides: once the change is applied, its answer is ``DONE``, whatever the rules have still to note.
     """
 
     range: GpaRange
@@ -97,6 +99,7 @@ class Change(msgspec.Struct, frozen=True):
     explicit: bool
     discard_first: tuple[GpaRange, ...]
     tickets: tuple[Ticket, ...]
+    alone: Ticket | None = None
 
 
 class FailureKind(enum.Enum):

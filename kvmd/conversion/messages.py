@@ -7,6 +7,7 @@ create, which adds up to some ten microseconds a conversion.
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 import msgspec
 
@@ -19,6 +20,11 @@ class Cause(enum.Enum):
 
     IMPLICIT = "implicit"
     EXPLICIT = "explicit"
+
+
+IMPLICIT: Final = Cause.IMPLICIT
+EXPLICIT: Final = Cause.EXPLICIT
+"""The two for what every conversion runs through: see ``kvmd.ranges.PRIVATE``."""
 
 
 class Outcome(enum.Enum):
@@ -34,6 +40,10 @@ class Outcome(enum.Enum):
     """The request cannot be meant; a hypercall gets EINVAL."""
     FAILED = "failed"
     """The host could not do it; a hypercall gets EAGAIN, a fault stops the machine."""
+
+
+CONVERTED: Final = Outcome.CONVERTED
+"""The one for what every conversion runs through: see ``kvmd.ranges.PRIVATE``."""
 
 
 class GuestResult(enum.IntEnum):
@@ -96,3 +106,7 @@ class Answer(msgspec.Struct, frozen=True):
     result: GuestResult = GuestResult.SUCCESS
     data: bytes = b""
     stop: Stop | None = None
+
+
+DONE: Final = Answer(CONVERTED)
+"""What nearly every request is told."""

@@ -5,11 +5,11 @@ The kernel advises user space to guard against it (Documentation/virt/kvm/api.rs
 
 from __future__ import annotations
 
-from kvmd.conversion.messages import Cause, ConversionRequest
-from kvmd.ranges import PageState
+from kvmd.conversion.messages import IMPLICIT, ConversionRequest
+from kvmd.ranges import PRIVATE, PageState
 from kvmd.stop import Stop, StopReason
 
-_NOTHING = (-1, PageState.PRIVATE, -1, 0)
+_NOTHING = (-1, PRIVATE, -1, 0)
 
 
 class NoProgressWatch:
@@ -28,12 +28,12 @@ class NoProgressWatch:
 
     def converted(self, request: ConversionRequest, generation: int) -> None:
         """Note that the fault was answered by change number ``generation``."""
-        if request.cause is Cause.IMPLICIT and request.access is None:
+        if request.cause is IMPLICIT and request.access is None:
             self._seen[request.vcpu] = (request.gpa, request.to, generation, 1)
 
     def spurious(self, request: ConversionRequest, generation: int) -> Stop | None:
         """Note a fault whose pages are in its state since change ``generation``; tell whether it is one too many."""
-        if request.cause is not Cause.IMPLICIT or request.access is not None:
+        if request.cause is not IMPLICIT or request.access is not None:
             return None  # it cannot come back: a hypercall returns, and an access that came as MMIO is made
         gpa, to, since, count = self._seen.get(request.vcpu, _NOTHING)
         if gpa != request.gpa or to is not request.to or generation > since:

@@ -20,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from kvmd.conversion.changes import Change, Failure, FailureKind, ImplicitPolicy, Limits, Ticket
-from kvmd.conversion.messages import Answer, Cause, GuestResult, Outcome
+from kvmd.conversion.messages import DONE, EXPLICIT, IMPLICIT, Answer, GuestResult, Outcome
 from kvmd.conversion.no_progress import NoProgressWatch
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
@@ -64,6 +64,8 @@ class ConversionRules:
         self._pinned_end = 0 if pinned is None else pinned.end
         self._memory_end = state.range.end
         self._limits = limits
+        self._chunk_bytes = limits.chunk_bytes
+        self._asks_policy = limits.implicit is not ImplicitPolicy.ALLOW
         self._pending: deque[Ticket] = deque()
         self._short: deque[_Work] = deque()
         self._long: deque[_Work] = deque()
@@ -79,7 +81,7 @@ class ConversionRules:
         """Take a request. It is looked at when its turn comes, since what is true now may not be then."""
         request = ticket.request
         start, end = request.gpa, request.gpa + request.size_bytes
-        if request.cause is Cause.IMPLICIT:
+        if request.cause is IMPLICIT:
             # A fault may name less than a page; what converts is whole pages.
             start, end = start & ~PAGE_MASK, (end + PAGE_MASK) & ~PAGE_MASK
         if 0 <= start < end <= GPA_LIMIT and not (start | end) & PAGE_MASK:
@@ -206,13 +208,16 @@ class ConversionRules:
         if range_ is None or not request.valid:
             self._refuse(ticket)
         elif self._needs_change(ticket, range_):
-            if range_.size_bytes > self._limits.chunk_bytes or ticket.came_from is None:
+            if range_.end - range_.start > self._chunk_bytes or ticket.came_from is None:
                 self._start(ticket, range_, self._pending, [])
                 return None
             ticket.merged = 1
             to, leaked = request.to, self._leaks[request.to]
-            explicit = request.cause is Cause.EXPLICIT
-            self._current = change = Change(range_, to, explicit, leaked.within(range_) if leaked else (), (ticket,))
+            explicit = request.cause is EXPLICIT
+            alone = None if explicit or request.access is not None else ticket
+            self._current = change = Change(
+                range_, to, explicit, leaked.within(range_) if leaked else (), (ticket,), alone
+            )
             return change
         return None
 
@@ -245,7 +250,7 @@ class ConversionRules:
             self._refuse(ticket)
             return False
         ticket.came_from, generation = self.state.look(range_)
-        if range_.start < self._pinned_end and (request.cause is Cause.EXPLICIT or ticket.came_from is not request.to):
+        if range_.start < self._pinned_end and (request.cause is EXPLICIT or ticket.came_from is not request.to):
             self._refuse(ticket)
             return False
         if ticket.came_from is request.to:
@@ -254,8 +259,8 @@ class ConversionRules:
             self._settle(ticket, _SPURIOUS if stop is None else Answer(Outcome.FAILED, stop=stop))
             return False
         if (
-            request.cause is Cause.IMPLICIT
-            and (self._limits.implicit is not ImplicitPolicy.ALLOW or request.entered_at < self._last_explicit)
+            request.cause is IMPLICIT
+            and (self._asks_policy or request.entered_at < self._last_explicit)
             and not self._may_convert_implicitly(ticket, range_)
         ):
             return False
@@ -297,12 +302,12 @@ class ConversionRules:
     def _start(self, ticket: Ticket, range_: GpaRange, pending: deque[Ticket], held: list[Ticket]) -> None:
         """Make work of the ticket, together with waiting requests that adjoin it and ask the same."""
         request = ticket.request
-        work = _Work(range_, request.to, request.cause is Cause.EXPLICIT, [ticket], range_.start)
+        work = _Work(range_, request.to, request.cause is EXPLICIT, [ticket], range_.start)
         if pending:
             self._merge_pending(work, pending, held)
         for member in work.tickets:
             member.merged = len(work.tickets)
-        queue = self._short if work.range.size_bytes <= self._limits.chunk_bytes else self._long
+        queue = self._short if work.range.size_bytes <= self._chunk_bytes else self._long
         queue.append(work)
 
     def _merge_pending(self, work: _Work, pending: deque[Ticket], held: list[Ticket]) -> None:
@@ -333,7 +338,7 @@ class ConversionRules:
             request.valid
             and other.answer is None
             and request.to is work.to
-            and (request.cause is Cause.EXPLICIT) is work.explicit
+            and (request.cause is EXPLICIT) is work.explicit
             and range_.touches(work.range)
         )
 
@@ -355,7 +360,7 @@ class ConversionRules:
         start = self.state.first_in_state(work.to.opposite, rest)
         if start is None:
             return None
-        window = GpaRange(start, min(start + self._limits.chunk_bytes, work.range.end))
+        window = GpaRange(start, min(start + self._chunk_bytes, work.range.end))
         range_ = GpaRange(start, self.state.end_in_state(work.to.opposite, window))
         return self._change(range_, work.to, explicit=work.explicit, tickets=tuple(work.tickets))
 
@@ -372,13 +377,13 @@ class ConversionRules:
     def _complete(self, work: _Work | Change) -> None:
         for ticket in work.tickets:
             self._progress.converted(ticket.request, self.sequence)
-            self._settle(ticket, _CONVERTED)
+            self._settle(ticket, DONE)
 
     def _refuse(self, ticket: Ticket) -> None:
         """Nothing that can be done: a hypercall gets EINVAL and goes on, a fault cannot."""
         request = ticket.request
         stop = None
-        if request.cause is Cause.IMPLICIT:
+        if request.cause is IMPLICIT:
             range_ = ticket.range
             where = f"gpa {request.gpa:#x} size {request.size_bytes:#x}, to {request.to.value}"
             if range_ is None or range_.end > self._memory_end:
@@ -401,7 +406,7 @@ class ConversionRules:
             # Of merged requests, those that lie in what was applied are done all the same.
             if ticket.range is not None and self.state.state_of(ticket.range) is work.to:
                 self._progress.converted(ticket.request, self.sequence)
-                self._settle(ticket, _CONVERTED)
+                self._settle(ticket, DONE)
             else:
                 self._fail_ticket(ticket, failure)
 
@@ -409,7 +414,7 @@ class ConversionRules:
         """The host could not: a hypercall may try again, a fault would come back for ever."""
         request = ticket.request
         stop = None
-        if request.cause is Cause.IMPLICIT:
+        if request.cause is IMPLICIT:
             reason = StopReason.STATE_EXHAUSTED if failure is _STATE_EXHAUSTED else _STOP_REASON[failure.kind]
             stop = Stop.because(
                 reason,
@@ -420,7 +425,6 @@ class ConversionRules:
         self._settle(ticket, Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=stop))
 
 
-_CONVERTED = Answer(Outcome.CONVERTED)
 _SPURIOUS = Answer(Outcome.SPURIOUS)
 _STATE_EXHAUSTED = Failure(FailureKind.REFUSED, "no room for more ranges of page state (conversion.max_ranges)")
 _STOP_REASON = {

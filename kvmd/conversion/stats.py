@@ -6,19 +6,16 @@ from dataclasses import dataclass
 
 from kvmd.conversion.histogram import LatencyHistogram, Percentiles
 from kvmd.conversion.hottest import HotRange, HottestRanges
-from kvmd.conversion.messages import Cause, Outcome
+from kvmd.conversion.messages import CONVERTED, Cause, Outcome
 from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import RecordReader
-from kvmd.ranges import PageState
+from kvmd.ranges import PRIVATE, PageState
 from kvmd.units import PAGE_MASK, PAGE_SIZE
 
 HOTTEST_SHOWN = 16
 """Ranges that a snapshot lists."""
 
 _AT_ONCE = 4096
-
-_CONVERTED = Outcome.CONVERTED
-_PRIVATE = PageState.PRIVATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ class StatsSnapshot:
     @property
     def conversions(self) -> int:
         """Requests that changed the state of memory."""
-        return self.requests(outcome=Outcome.CONVERTED)
+        return self.requests(outcome=CONVERTED)
 
     @property
     def conversions_per_second(self) -> float:
@@ -118,11 +115,11 @@ class ConversionStats:
             self._total.add(waiting_us + applying_us + discarding_us)
         else:
             self._total.add(waiting_us)
-        if outcome is _CONVERTED:
+        if outcome is CONVERTED:
             # An access that arrived as MMIO is a few bytes anywhere in its page.
             start = record.gpa & ~PAGE_MASK
             size_bytes = ((record.gpa + record.size_bytes + PAGE_MASK) & ~PAGE_MASK) - start
-            if to is _PRIVATE:
+            if to is PRIVATE:
                 self._pages_to_private += size_bytes // PAGE_SIZE
             else:
                 self._pages_to_shared += size_bytes // PAGE_SIZE

@@ -151,8 +151,11 @@ class PageStateMap:
         """
         if range_.end > self._range.end:
             raise IndexError(f"{range_} is outside memory {self._range}")
-        first = bisect_right(self._starts, range_.start) - 1
-        if self._starts[first] == range_.start and self._end(first) == range_.end:
+        starts = self._starts
+        first = bisect_right(starts, range_.start) - 1
+        past = first + 1
+        end = starts[past] if past < len(starts) else self._range.end
+        if end == range_.end and starts[first] == range_.start:
             # A whole segment, as nearly always.
             self._states[first] = state
             self._generations[first] = generation

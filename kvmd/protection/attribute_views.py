@@ -20,7 +20,7 @@ from kvmd.errors import BackendError, HostError
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
-from kvmd.protection.attributes import PRIVATE, SLOT_BYTES, parts, set_in_chunks, told
+from kvmd.protection.attributes import ATTRIBUTE_PRIVATE, SLOT_BYTES, parts, set_in_chunks, told
 from kvmd.protection.base import Applied
 from kvmd.protection.two_views import Tripwire, TwoViews
 from kvmd.protection.vm import AttributeVm, F
@@ -69,7 +69,7 @@ class AttributeViews(TwoViews, Generic[F]):
         # Pages that are in the state already keep what they hold.
         moving = tuple(self._state.runs(dies, range_))
         try:
-            self._mark(range_, dies, PRIVATE)
+            self._mark(range_, dies, ATTRIBUTE_PRIVATE)
         except BackendError as error:
             return Applied(range_.start, Failure(FailureKind.REFUSED, told(error)))
         try:
@@ -105,7 +105,7 @@ class AttributeViews(TwoViews, Generic[F]):
         for view in PageState:
             # The marks first: where there is no slot yet, KVM has nothing to take away from a guest.
             for range_ in self._state.runs(view.opposite):
-                set_in_chunks(self._vm, self._in_view(range_, view), PRIVATE)
+                set_in_chunks(self._vm, self._in_view(range_, view), ATTRIBUTE_PRIVATE)
             for part in parts(self._state.range, SLOT_BYTES):
                 placed = self._in_view(part, view)
                 address = self._backings[view].address_of(part.start)

@@ -14,7 +14,7 @@ from kvmd.protection.vm import AttributeVm, F
 from kvmd.ranges import GpaRange
 from kvmd.units import MIB, TIB
 
-PRIVATE = 1 << 3
+ATTRIBUTE_PRIVATE = 1 << 3
 """KVM_MEMORY_ATTRIBUTE_PRIVATE (linux/kvm.h)."""
 
 CHUNK_BYTES = 64 * MIB

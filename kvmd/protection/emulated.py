@@ -24,7 +24,7 @@ from kvmd.protection.base import Applied
 from kvmd.protection.pieces import Piece, PieceMap
 from kvmd.protection.two_views import Tripwire, TwoViews
 from kvmd.protection.vm import F, SlotVm
-from kvmd.ranges import GpaRange, PageState
+from kvmd.ranges import PRIVATE, GpaRange, PageState
 from kvmd.units import MIB, PAGE_SIZE
 
 BLOCK_BYTES = 2 * MIB
@@ -73,6 +73,7 @@ class EmulatedProtection(TwoViews, Generic[F]):
         super().__init__(backings, c_bit=c_bit)
         self._vm = vm
         self._tripwire = tripwire
+        self._keeps_reserve = tripwire is Tripwire.GUEST_MEMFD
         self._quiesce = quiesce
         self._reserve: F | None = None
         self._free = list(range(slot_count - 1, -1, -1))
@@ -140,8 +141,8 @@ class EmulatedProtection(TwoViews, Generic[F]):
         The guest runs again by now, so this is also the moment to make what the next conversion of a page will need:
         a guest_memfd, which costs it ten microseconds otherwise.
         """
-        super().discard(range_, side)
-        if self._reserve is None and self._tripwire is Tripwire.GUEST_MEMFD and range_.size_bytes == PAGE_SIZE:
+        self._backings[side].discard(range_)
+        if self._reserve is None and self._keeps_reserve and range_.size_bytes == PAGE_SIZE:
             try:  # noqa: SIM105 - with suppress() costs as much as making it
                 self._reserve = self._vm.create_guest_memfd(PAGE_SIZE, _GUEST_MEMFD_MMAP_INIT_SHARED)
             except BackendError:
@@ -181,15 +182,18 @@ class EmulatedProtection(TwoViews, Generic[F]):
             return
         # The usual case, and most of what kvmd itself adds to a conversion: each memslot keeps its number.
         start, size_bytes = piece.start, piece.end - piece.start
+        # What view_gpa returns, without two calls.
+        private = start | self._mask
+        dying_gpa, rising_gpa = (start, private) if to is PRIVATE else (private, start)
         try:
             self._vm.swap_views(
                 dying,
-                self.view_gpa(start, old),
+                dying_gpa,
                 self._inaccessible,
                 self._take_memfd(size_bytes),
                 rising,
-                self.view_gpa(start, to),
-                self._backings[to].address_of(start),
+                rising_gpa,
+                self._backings[to].address + start,
                 size_bytes,
             )
         except SwapFailed as error:

@@ -23,10 +23,10 @@ from kvmd.errors import BackendError, HostError
 from kvmd.hv.exits import MemoryFault
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
-from kvmd.protection.attributes import PRIVATE, SLOT_BYTES, parts, set_in_chunks, told
+from kvmd.protection.attributes import ATTRIBUTE_PRIVATE, SLOT_BYTES, parts, set_in_chunks, told
 from kvmd.protection.base import Applied
 from kvmd.protection.vm import AttributeVm, M
-from kvmd.ranges import GpaRange, PageState
+from kvmd.ranges import PRIVATE, SHARED, GpaRange, PageState
 
 
 class GuestMemfdProtection(Generic[M]):
@@ -77,25 +77,25 @@ class GuestMemfdProtection(Generic[M]):
 
     def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:
         """Return what the fault's own flags say."""
-        return fault.gpa, PageState.PRIVATE if fault.private else PageState.SHARED
+        return fault.gpa, PRIVATE if fault.private else SHARED
 
     def apply(self, range_: GpaRange, to: PageState) -> Applied:
         """Make the pages of the range private or shared: all of them, or none."""
         kind = FailureKind.DISCARD_FIRST
         try:
-            if to is PageState.SHARED:
+            if to is SHARED:
                 # Pages that are shared already keep what they hold.
-                for run in self._state.runs(PageState.PRIVATE, range_):
+                for run in self._state.runs(PRIVATE, range_):
                     self._shared.empty(run)
             kind = FailureKind.REFUSED
-            self._vm.set_memory_attributes(range_, PRIVATE if to is PageState.PRIVATE else 0)
+            self._vm.set_memory_attributes(range_, ATTRIBUTE_PRIVATE if to is PRIVATE else 0)
         except BackendError as error:
             return Applied(range_.start, Failure(kind, told(error)))
         return Applied(range_.end)
 
     def discard(self, range_: GpaRange, side: PageState) -> None:
         """Give the memory behind one side of the range back to the host. Raises BackendError."""
-        if side is PageState.SHARED:
+        if side is SHARED:
             self._shared.discard(range_)
         elif self._memfd is not None:
             self._memfd.punch_hole(range_.start, range_.size_bytes)
@@ -118,13 +118,13 @@ class GuestMemfdProtection(Generic[M]):
         """
         with self._lock:
             state = self._state.segment_at(access.gpa).state
-            return self.access(state, access) if state is PageState.SHARED else None
+            return self.access(state, access) if state is SHARED else None
 
     def diagnose(self, range_: GpaRange, state: PageState) -> str:
         """Return what may keep an access to memory from succeeding although it is in the right state."""
         if not any(slot.overlaps(range_) for slot in self._slots):
             return "its memslot is gone"
-        if state is PageState.SHARED:
+        if state is SHARED:
             return "the host memory behind it cannot be had, or KVM has another attribute for it than kvmd set"
         if range_.start < self._pinned.end:
             return "its memslot has no guest_memfd"
@@ -146,8 +146,8 @@ class GuestMemfdProtection(Generic[M]):
 
     def _set_up(self) -> None:
         # The attributes first: where there is no slot yet, KVM has nothing to take away from a guest.
-        for range_ in self._state.runs(PageState.PRIVATE):
-            set_in_chunks(self._vm, range_, PRIVATE)
+        for range_ in self._state.runs(PRIVATE):
+            set_in_chunks(self._vm, range_, ATTRIBUTE_PRIVATE)
         self._add_slot(self._pinned, None)
         if self._pinned.end == self._size:
             return

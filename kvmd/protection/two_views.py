@@ -11,7 +11,7 @@ import enum
 from kvmd.conversion.messages import MmioAccess
 from kvmd.hv.exits import MemoryFault
 from kvmd.memory.backing import Backing
-from kvmd.ranges import GpaRange, PageState
+from kvmd.ranges import PRIVATE, SHARED, GpaRange, PageState
 
 
 class Tripwire(enum.Enum):
@@ -36,25 +36,25 @@ class TwoViews:
 
     def __init__(self, backings: dict[PageState, Backing], *, c_bit: int) -> None:
         self._backings = backings
-        self._size = backings[PageState.PRIVATE].size_bytes
+        self._size = backings[PRIVATE].size_bytes
         self._mask = 1 << c_bit
 
     def view_gpa(self, gpa: int, view: PageState) -> int:
         """Return what the guest calls the plain ``gpa`` in a view."""
-        return gpa | self._mask if view is PageState.PRIVATE else gpa
+        return gpa | self._mask if view is PRIVATE else gpa
 
     def locate(self, gpa: int) -> tuple[int, PageState | None]:
         """Split a reported gpa into the plain one and its view, which is None outside memory."""
         plain = gpa & ~self._mask
         if plain >= self._size:
             return plain, None
-        return plain, PageState.PRIVATE if gpa & self._mask else PageState.SHARED
+        return plain, PRIVATE if gpa & self._mask else SHARED
 
     def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:
         """Return the plain gpa and the state it needs: here the C-bit says so, the exit's flags do not."""
         return (
             fault.gpa & ~self._mask,
-            PageState.PRIVATE if fault.gpa & self._mask else PageState.SHARED,
+            PRIVATE if fault.gpa & self._mask else SHARED,
         )
 
     def discard(self, range_: GpaRange, side: PageState) -> None:

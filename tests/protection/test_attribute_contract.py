@@ -12,7 +12,7 @@ import pytest
 from kvmd.errors import BackendError
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.vm import Vm
-from kvmd.protection.attributes import PRIVATE
+from kvmd.protection.attributes import ATTRIBUTE_PRIVATE
 from kvmd.ranges import GPA_LIMIT, GpaRange
 from tests.protection.fakes import FakeMemfd, FakeVm
 from tests.protection.on_kvm import GPA, PAGE, Memfd, OnKvm, on_kvm
@@ -96,7 +96,7 @@ def refused(number: int) -> AbstractContextManager[pytest.ExceptionInfo[BackendE
 
 def test_a_private_page_of_a_slot_without_guest_memfd_is_a_tripwire(on: Subject) -> None:
     on.slot(0, 0, 4)
-    on.mark(pages(1, 3), PRIVATE)
+    on.mark(pages(1, 3), ATTRIBUTE_PRIVATE)
     assert [on.found(page) for page in range(4)] == ["memory", "tripwire", "tripwire", "memory"]
     on.mark(pages(2, 4), 0)
     assert [on.found(page) for page in range(4)] == ["memory", "tripwire", "memory", "memory"]
@@ -105,21 +105,21 @@ def test_a_private_page_of_a_slot_without_guest_memfd_is_a_tripwire(on: Subject)
 def test_a_guest_memfd_serves_private_pages_and_host_memory_the_others(on: Subject) -> None:
     with closing(on.memfd(4)) as memfd:
         on.slot(0, 0, 4, memfd)
-        on.mark(pages(0, 2), PRIVATE)
+        on.mark(pages(0, 2), ATTRIBUTE_PRIVATE)
         assert {on.found(page) for page in range(4)} == {"memory"}
     # Without its last descriptor there is no private memory left; shared pages never needed it.
     assert [on.found(page) for page in range(4)] == ["tripwire", "tripwire", "memory", "memory"]
 
 
 def test_a_private_page_without_slot_is_a_tripwire_not_a_hole(on: Subject) -> None:
-    on.mark(pages(0, 1), PRIVATE)
+    on.mark(pages(0, 1), ATTRIBUTE_PRIVATE)
     assert [on.found(0), on.found(1)] == ["tripwire", "hole"]
 
 
 def test_a_hole_that_was_found_stays_one_until_a_memslot_changes(on: Subject) -> None:
     """KVM remembers it (an MMIO SPTE), and only looks through memslots for what an attribute takes away."""
     assert on.found(0) == "hole"
-    on.mark(pages(0, 1), PRIVATE)
+    on.mark(pages(0, 1), ATTRIBUTE_PRIVATE)
     assert on.found(0) == "hole"
     on.slot(0, 2, 1)
     assert on.found(0) == "tripwire"
@@ -127,7 +127,7 @@ def test_a_hole_that_was_found_stays_one_until_a_memslot_changes(on: Subject) ->
 
 def test_attributes_outlive_slots(on: Subject) -> None:
     on.slot(0, 0, 1)
-    on.mark(pages(0, 1), PRIVATE)
+    on.mark(pages(0, 1), ATTRIBUTE_PRIVATE)
     on.delete(0)
     assert on.found(0) == "tripwire"
     on.slot(0, 0, 1)
@@ -138,12 +138,13 @@ def test_attributes_outlive_slots(on: Subject) -> None:
 
 def test_what_is_set_already_can_be_set_again(on: Subject) -> None:
     on.slot(0, 0, 2)
-    for attributes, found in ((0, "memory"), (PRIVATE, "tripwire"), (PRIVATE, "tripwire"), (0, "memory")):
+    private = ATTRIBUTE_PRIVATE
+    for attributes, found in ((0, "memory"), (private, "tripwire"), (private, "tripwire"), (0, "memory")):
         on.mark(pages(0, 2), attributes)
         assert on.found(1) == found
 
 
-@pytest.mark.parametrize("attributes", [1, 4, 16, PRIVATE | 1, 1 << 63])
+@pytest.mark.parametrize("attributes", [1, 4, 16, ATTRIBUTE_PRIVATE | 1, 1 << 63])
 def test_an_unknown_attribute_is_refused_and_changes_nothing(on: Subject, attributes: int) -> None:
     on.slot(0, 0, 1)
     with refused(errno.EINVAL):
@@ -152,14 +153,14 @@ def test_an_unknown_attribute_is_refused_and_changes_nothing(on: Subject, attrib
 
 
 def test_no_slot_is_asked_for(on: Subject) -> None:
-    on.mark(GpaRange(GPA_LIMIT - PAGE, GPA_LIMIT), PRIVATE)
+    on.mark(GpaRange(GPA_LIMIT - PAGE, GPA_LIMIT), ATTRIBUTE_PRIVATE)
     on.mark(GpaRange(GPA_LIMIT - PAGE, GPA_LIMIT), 0)
 
 
 def test_a_hole_is_punched_in_whole_pages(on: Subject) -> None:
     with closing(on.memfd(2)) as memfd:
         on.slot(0, 0, 2, memfd)
-        on.mark(pages(0, 2), PRIVATE)
+        on.mark(pages(0, 2), ATTRIBUTE_PRIVATE)
         memfd.punch_hole(0, PAGE)
         for offset, size in ((0, 0), (0x800, PAGE), (0, 0x800)):
             with refused(errno.EINVAL):
@@ -169,4 +170,4 @@ def test_a_hole_is_punched_in_whole_pages(on: Subject) -> None:
 
 def test_a_vm_without_private_memory_has_no_attributes() -> None:
     with refused(errno.EINVAL):
-        FakeVm().set_memory_attributes(pages(0, 1), PRIVATE)
+        FakeVm().set_memory_attributes(pages(0, 1), ATTRIBUTE_PRIVATE)
