@@ -34,6 +34,7 @@ from kvmd.machine_process.folder import (
     start_ticks,
 )
 from kvmd.machine_process.framing import BadMessage
+from kvmd.machine_process.kept_conversions import settle_conversions
 from kvmd.machine_process.messages import AskInfo, CounterValues, Greeting, Info
 from kvmd.machine_process.steps import Steps, read_steps
 from kvmd.stop import ExitStatus, StopReason
@@ -211,7 +212,11 @@ def _violent_end(exit_: ExitFile | None, entry: Entry) -> EndFile:
 
 def _counters_left(entry: Entry) -> CounterValues | None:
     """Return what a machine that ended violently is known to have done."""
-    left = conversions_of_ended(entry)
+    try:
+        left = settle_conversions(entry.folder)
+    except (BadFile, OSError) as error:
+        _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
+        left = conversions_of_ended(entry)
     return None if left is None else counted(left)
 
 

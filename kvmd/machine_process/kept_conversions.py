@@ -117,6 +117,21 @@ def conversions_left(folder: MachineFolder) -> LastConversions | None:
     return LastConversions(records[-1].sequence, records) if records else None
 
 
+def settle_conversions(folder: MachineFolder) -> LastConversions | None:
+    """Return what ``conversions_left`` does, and put it where an end in order puts it: there it is read much faster.
+
+    Raises:
+        BadFile: they cannot be read.
+        OSError: they stay where they are.
+    """
+    left = conversions_left(folder)
+    if left is not None:
+        if segments_of(folder.fd, CONVERSIONS):
+            folder.write(LAST_CONVERSIONS, left)
+        remove_segments(folder.fd, CONVERSIONS)
+    return left
+
+
 def _frame(records: list[ConversionRecord]) -> bytes:
     data = _encoder.encode([msgspec.structs.astuple(record) for record in records])
     return _LENGTH.pack(len(data)) + data

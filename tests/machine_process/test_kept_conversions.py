@@ -15,7 +15,7 @@ from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import RecordRing
 from kvmd.machine_process.counting import counted
 from kvmd.machine_process.folder import LAST_CONVERSIONS, LAST_RECORDS, LastConversions, MachineFolder
-from kvmd.machine_process.kept_conversions import SEGMENT_BYTES, ConversionKeeper, conversions_left
+from kvmd.machine_process.kept_conversions import SEGMENT_BYTES, ConversionKeeper, conversions_left, settle_conversions
 from kvmd.ranges import PageState
 from kvmd.units import PAGE_SIZE
 
@@ -142,6 +142,27 @@ def test_what_an_end_in_order_has_written_counts_and_the_rest_is_deleted(folder:
     keeper.discard()
     assert [path.name for path in tmp_path.iterdir()] == [LAST_CONVERSIONS]
     assert conversions_left(folder) == LastConversions(12, records[:2])
+
+
+def test_what_a_violent_end_left_is_settled_once(folder: MachineFolder, tmp_path: Path) -> None:
+    assert settle_conversions(folder) is None
+    ring = RecordRing()
+    left = LastConversions(600, fill(ring, 600))
+    write(folder, ring)
+    for _ in range(2):
+        assert settle_conversions(folder) == left
+        assert [path.name for path in tmp_path.iterdir()] == [LAST_CONVERSIONS]
+    assert conversions_left(folder) == left
+
+
+def test_what_cannot_be_settled_stays(folder: MachineFolder, tmp_path: Path) -> None:
+    ring = RecordRing()
+    left = LastConversions(10, fill(ring, 10))
+    write(folder, ring)
+    (tmp_path / f"{LAST_CONVERSIONS}.new").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        settle_conversions(folder)
+    assert conversions_left(folder) == left
 
 
 def test_a_disk_that_is_full_is_told_once_and_leaves_a_gap(
