@@ -37,7 +37,7 @@ class _Commands(LazyGroup):
     summaries = COMMANDS
 
     def find(self, name: str) -> object:
-        import_lazily("asyncio", "ssl")
+        import_lazily()
         import_structlog_without_rich()
         name = name.replace("-", "_")
         return getattr(importlib.import_module(f"kvmd.cli.{name}"), name)

@@ -169,7 +169,7 @@ def test_what_is_imported_lazily_is_the_module_itself_once_it_is_used() -> None:
     code = (
         "import sys\n"
         "from kvmd.cli.startup import import_lazily\n"
-        "import_lazily('asyncio', 'ssl', 'sys')\n"
+        "import_lazily()\n"
         "import asyncio as before\n"
         "import ssl\n"
         "import asyncio\n"
