@@ -21,13 +21,14 @@ from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Report, Series,
 from kvmd.benchmark.runs import require_kvm
 from kvmd.errors import HostError
 from kvmd.network.networks import open_networks
+from kvmd.network.own_thread import in_own_thread
 from kvmd.network.spec import NetworkSpec
 from tests.linux_guest.debian import Kernel
 from tests.linux_guest.peer import Peer
 from tests.linux_guest.proof import BRIDGE, GUEST, HOST, PREFIX, Ended, as_toml, run_to_end, write_initrd
 from tests.linux_guest.qemu import QemuNetwork, microvm
 from tests.linux_guest.report import Report as GuestReport
-from tests.own_network import in_thread, leave_network
+from tests.own_network import leave_network
 
 TARGET_START = 1.3
 """Times QEMU's time to init, at most."""
@@ -70,7 +71,7 @@ def measure(options: Options) -> Report:
     if program is None:
         raise CannotMeasure(f"there is no {_QEMU}")
     try:
-        return in_thread(lambda: _measure(options, program, Path(kernel.stdout.strip())))
+        return in_own_thread(lambda: _measure(options, program, Path(kernel.stdout.strip())))
     except (HostError, OSError) as error:
         raise CannotMeasure(f"there is no network for a guest: {error}") from error
 

@@ -227,7 +227,9 @@ class ConversionSampler(RecordFollower):
                 # No more than one look in 20 ms, however many there are.
                 await self._gather(GATHER_SECONDS)
                 await self._wait_for_records(summary_at - trio.current_time())
-            self._sum_up()
+            if not self._ended.is_set():
+                self._sum_up()
+        # At the end the last records belong to the last second, which is summed up once.
         await self._log_unread(bucket)
         self._sum_up()
 

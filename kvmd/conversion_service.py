@@ -352,30 +352,34 @@ class ConversionService:
 
     def _record(self) -> None:
         """Write the records that were put off."""
-        wall_offset_ns = time.time_ns() - time.monotonic_ns()
-        while self._unrecorded:
-            ticket = self._unrecorded.popleft()
-            if ticket.answer is not None:
-                self._records += 1
-                self._ring.append(_record_of(ticket, ticket.answer, self._records, wall_offset_ns))
-
-
-def _record_of(ticket: Ticket, answer: Answer, sequence: int, wall_offset_ns: int) -> ConversionRecord:
-    request, answered_ns = ticket.request, ticket.answered_ns
-    # By position, which takes half the time.
-    return ConversionRecord(
-        sequence,
-        answered_ns + wall_offset_ns,
-        answered_ns,
-        request.vcpu,
-        request.cause,
-        request.gpa,
-        request.size_bytes,
-        ticket.came_from,
-        request.to,
-        answer.outcome,
-        ticket.merged if answer.outcome is CONVERTED else 0,
-        ((ticket.started_ns or answered_ns) - ticket.arrived_ns) / 1000,
-        ticket.apply_ns / 1000,
-        ticket.discard_ns / 1000,
-    )
+        wall_offset_ns = time.time_ns() - _now_ns()
+        sequence, unrecorded = self._records, self._unrecorded
+        records = []
+        while unrecorded:
+            ticket = unrecorded.popleft()
+            request, answer, answered_ns = ticket.request, ticket.answer, ticket.answered_ns
+            if answer is None:
+                continue
+            sequence += 1
+            outcome = answer.outcome
+            # By position, which takes half the time.
+            records.append(
+                ConversionRecord(
+                    sequence,
+                    answered_ns + wall_offset_ns,
+                    answered_ns,
+                    request.vcpu,
+                    request.cause,
+                    request.gpa,
+                    request.size_bytes,
+                    ticket.came_from,
+                    request.to,
+                    outcome,
+                    ticket.merged if outcome is CONVERTED else 0,
+                    ((ticket.started_ns or answered_ns) - ticket.arrived_ns) / 1000,
+                    ticket.apply_ns / 1000,
+                    ticket.discard_ns / 1000,
+                )
+            )
+        self._records = sequence
+        self._ring.extend(records)

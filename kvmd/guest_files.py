@@ -44,7 +44,7 @@ def _read(key: str, path: Path, fd: int) -> bytes:
     if not stat.S_ISREG(about.st_mode):
         raise ImageError(f"the {key} {path} is not a regular file")
     if about.st_size > _LIMIT:
-        raise ImageError(f"{path} is larger than {format_size(_LIMIT)}: not an {key} that kvmd loads")
+        raise ImageError(f"the {key} {path} is larger than {format_size(_LIMIT)}, the most that kvmd loads")
     # Whoever opened it may be using its position.
     data = bytearray()
     while len(data) <= _LIMIT and (more := os.pread(fd, _READ_AT_ONCE, len(data))):

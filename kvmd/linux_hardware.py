@@ -67,17 +67,7 @@ class LinuxImage:
 
 
 def open_linux(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardware:
-    """Build a Linux machine on KVM.
-
-    Args:
-        spec: what it is made of.
-        image: the guest, parsed.
-        devices: how many virtio devices it has.
-
-    Raises:
-        HostError: this host cannot run it; nothing is left behind.
-        ConfigError, ImageError: the spec does not fit the host or the image.
-    """
+    """Build a Linux machine on KVM, as ``kvmd.accelerator.open_linux_hardware`` says."""
     if devices > len(DEVICE_GSIS):
         raise ConfigError(f"{devices} devices are too many: a machine has interrupt lines for {len(DEVICE_GSIS)}")
     if spec.protection == "guest-memfd" and spec.memory > LOW_MEMORY_END:

@@ -118,10 +118,9 @@ def conversion_event(record: ConversionRecord, machine: str) -> dict[str, object
     ``gpa`` (hexadecimal text); ``size`` (bytes); ``from`` (null where the range was not all in one state); ``to``;
     ``outcome``; ``merged``; ``waiting_us``, ``applying_us`` and ``discarding_us`` (microseconds).
     """
-    seconds, nanoseconds = divmod(record.wall_ns, 1_000_000_000)
     return {
         "sequence": record.sequence,
-        "time": f"{_second(seconds)}.{nanoseconds // 1000:06d}Z",
+        "time": iso_time(record.wall_ns),
         "monotonic_ns": record.monotonic_ns,
         "machine": machine,
         "vcpu": record.vcpu,
@@ -166,6 +165,12 @@ def _in_few_words(_logger: object, _method: str, event: MutableMapping[str, Any]
 
 def _render_json_text(logger: object, method: str, event: MutableMapping[str, Any]) -> str:
     return render_json(logger, method, event).decode()
+
+
+def iso_time(wall_ns: int) -> str:
+    """Return nanoseconds since the epoch as RFC 3339 has them, in UTC, to the microsecond."""
+    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
+    return f"{_second(seconds)}.{nanoseconds // 1000:06d}Z"
 
 
 @functools.lru_cache(maxsize=4)

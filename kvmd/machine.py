@@ -278,10 +278,9 @@ class _Parked:
 
 def _open_linux(spec: MachineSpec, kernel: Path, opened: Mapping[str, int]) -> Hardware:
     """Read the kernel and build its machine up to the devices."""
-    # Payloads start faster without all of this.
-    from kvmd.linux.kernel import parse_kernel  # noqa: PLC0415
-    from kvmd.linux_devices import device_count  # noqa: PLC0415
-    from kvmd.linux_hardware import LinuxImage  # noqa: PLC0415
+    from kvmd.linux.kernel import parse_kernel  # noqa: PLC0415 - payloads start faster without all of this
+    from kvmd.linux_devices import device_count  # noqa: PLC0415 - likewise
+    from kvmd.linux_hardware import LinuxImage  # noqa: PLC0415 - likewise
 
     parsed = parse_kernel(read_file("kernel", kernel, opened.get("kernel")))
     initrd = b"" if spec.initrd is None else read_file("initrd", spec.initrd, opened.get("initrd"))

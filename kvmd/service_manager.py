@@ -2,7 +2,7 @@
 
 The protocol is a datagram for each notice (sd_notify(3)) and an environment variable for each fact (sd_listen_fds(3)),
 so it is written here. Tried: ``systemd-python`` and ``cysystemd`` want a compiler and libsystemd's headers to install;
-``sdnotify`` opens its socket for each call, hides every error, and knows neither the watchdog nor sockets.
+``sdnotify`` opens its socket for each call, hides every error, and knows neither the watchdog nor file descriptors.
 
 Without systemd nothing is sent, and every question has the answer "nothing".
 """
@@ -14,8 +14,14 @@ import socket
 import time
 from collections.abc import Mapping
 
+import structlog
+
+from kvmd.errors import HostError
+
 _FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.daemon")
 
 
 class ServiceManager:
@@ -26,7 +32,7 @@ class ServiceManager:
         pid: of this process, which ``LISTEN_PID`` and ``WATCHDOG_PID`` have to name.
 
     Raises:
-        OSError: ``NOTIFY_SOCKET`` names something that cannot be sent to.
+        HostError: ``NOTIFY_SOCKET`` names something that cannot be sent to.
     """
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:
@@ -38,9 +44,13 @@ class ServiceManager:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             try:
                 self._socket.connect(target)
-            except OSError:
+            except OSError as error:
                 self._socket.close()
-                raise
+                raise HostError(
+                    f"cannot reach the service manager at {address}: {error.strerror}: unset NOTIFY_SOCKET where kvmd "
+                    "was not started by one"
+                ) from error
+        self._unheard = False
         self._watchdog_seconds = _watchdog_seconds(environment, pid)
         self._listened = _listened(environment, pid)
 
@@ -91,8 +101,17 @@ class ServiceManager:
             self._socket = None
 
     def _notify(self, *lines: str) -> None:
-        if self._socket is not None:
+        """Send a notice. One that does not get through ends nothing: guests outlive their manager's troubles."""
+        if self._socket is None:
+            return
+        try:
             self._socket.send("\n".join(lines).encode())
+        except OSError as error:
+            if not self._unheard:
+                _log.warning("service-manager-does-not-listen", notice=lines[0], problem=error.strerror)
+            self._unheard = True
+        else:
+            self._unheard = False
 
 
 def _watchdog_seconds(environment: Mapping[str, str], pid: int) -> float | None:

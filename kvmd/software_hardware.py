@@ -39,8 +39,7 @@ def open_software(spec: MachineSpec, image: LoadedImage, why: str = "") -> Hardw
     if problem is not None:
         raise HostError(f"{why}; and for the software CPU, {problem}" if why else f"accelerator software: {problem}")
     _check(spec, why)
-    # Only now: without the package this import fails.
-    from kvmd.software.vm import SoftwareVm  # noqa: PLC0415
+    from kvmd.software.vm import SoftwareVm  # noqa: PLC0415 - only now: without the package this import fails
 
     protected = spec.protection != "none"
     with ExitStack() as stack:

@@ -27,7 +27,10 @@ ARGUMENT_LIMIT = 8
 
 DISKS_LIMIT = 8
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+NAME_LIMIT = 63
+NAME_PATTERN = rf"[a-z0-9][a-z0-9._-]{{0,{NAME_LIMIT - 1}}}"
+"""What machines may be called, as a regular expression."""
+
 _PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
 _NOT_BUILT_YET = frozenset({"snp", "tdx"})
 _ACCELERATORS = frozenset({"auto", "kvm", "software"})
@@ -225,7 +228,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             msgspec.structs.force_setattr(self, "protection", "emulated" if self.kernel is None else "none")
         if not self.initial:
             msgspec.structs.force_setattr(self, "initial", "private" if self.kernel is None else "shared")
-        _KEYS.need("name", self.name, _NAME.fullmatch(self.name) is not None)
+        _KEYS.need("name", self.name, re.fullmatch(NAME_PATTERN, self.name, re.ASCII) is not None)
         _KEYS.need("vcpus", self.vcpus, 1 <= self.vcpus <= VCPU_LIMIT)
         _KEYS.need("memory", self.memory, self.memory > 0 and not self.memory & PAGE_MASK)
         if self.memory > MEMORY_LIMIT:

@@ -26,9 +26,10 @@ from kvmd.errors import HostError
 from kvmd.kvm.needs import GUEST_MEMFD, SOFTWARE_PROTECTED_VM, first_lacking
 from kvmd.kvm.system import Kvm
 from kvmd.kvm.uapi import KVM_X86_SW_PROTECTED_VM
+from kvmd.network.own_thread import in_own_thread
 from kvmd.network.tap import Tap
 from kvmd.software.availability import missing_emulator
-from tests.own_network import in_thread, leave_network
+from tests.own_network import leave_network
 
 
 class Facility(enum.Enum):
@@ -147,7 +148,7 @@ def missing_network() -> str | None:
             return str(error)
         return None
 
-    return in_thread(look)
+    return in_own_thread(look)
 
 
 @cache

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
+
+from kvmd.network.own_thread import in_own_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,22 +26,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
-def in_thread(work: Callable[[], T]) -> T:
-    """Do the work in a thread that ends with it; what the thread changes of itself ends, too."""
-    future: Future[T] = Future()
-
-    def do() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            future.set_exception(error)
-
-    thread = threading.Thread(target=do)
-    thread.start()
-    thread.join()
-    return future.result()
-
-
 def own_network(test: Callable[P, T]) -> Callable[P, T]:
     """Let the test run in a network of its own that has nothing but a loopback interface, which is down."""
 
@@ -51,7 +35,7 @@ def own_network(test: Callable[P, T]) -> Callable[P, T]:
             leave_network()
             return test(*args, **kwargs)
 
-        return in_thread(work)
+        return in_own_thread(work)
 
     return wrapped
 

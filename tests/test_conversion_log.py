@@ -338,6 +338,22 @@ async def test_the_last_ones_are_shown_at_the_end(sampled: ConversionSampler, ri
     assert log.names == [*["conversion"] * 3, "conversions"]
 
 
+async def test_the_last_second_is_summed_up_once(
+    sampled: ConversionSampler,
+    ring: RecordRing,
+    log: Log,
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sampled.run)
+        fill(ring, 3)
+        await trio.sleep(0.2)
+        fill(ring, 2)
+        sampled.end()
+    assert log.names == [*["conversion"] * 5, "conversions"]
+    assert (log.events[-1]["to_shared"], log.events[-1]["shown"]) == (5, 5)
+
+
 async def test_an_idle_sampler_says_nothing_and_wakes_for_nothing(
     sampled: ConversionSampler,
     log: Log,

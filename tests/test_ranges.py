@@ -78,5 +78,5 @@ def test_a_range_is_written_half_open_and_does_not_change() -> None:
     range_ = GpaRange(0x1000, 0x3000)
     assert str(range_) == "[0x1000, 0x3000)"
     with pytest.raises(AttributeError):
-        range_.start = 0  # type: ignore[misc]
+        range_.start = 0  # type: ignore[misc]  # what the test is about
     assert len({range_, GpaRange(0x1000, 0x3000)}) == 1

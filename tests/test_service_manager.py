@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
+from kvmd.errors import HostError
 from kvmd.service_manager import ServiceManager
 
 
@@ -47,6 +49,16 @@ def test_a_status_cannot_smuggle_in_a_variable(manager: ServiceManager, notified
     assert notified.recv(1000) == b"STATUS=one FDSTORE=1 two"
 
 
+def test_a_manager_that_does_not_listen_ends_nothing(manager: ServiceManager, notified: socket.socket) -> None:
+    notified.close()
+    with structlog.testing.capture_logs() as logs:
+        manager.alive()
+        manager.alive()
+    (told,) = logs
+    assert told["event"] == "service-manager-does-not-listen"
+    assert (told["notice"], told["problem"]) == ("WATCHDOG=1", "Connection refused")
+
+
 def test_an_abstract_address() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind("\0kvmd-test-" + str(os.getpid()))
@@ -58,7 +70,7 @@ def test_an_abstract_address() -> None:
 
 
 def test_a_socket_that_nobody_listens_on(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(HostError, match="unset NOTIFY_SOCKET"):
         ServiceManager({"NOTIFY_SOCKET": str(tmp_path / "none")}, 1)
 
 

@@ -175,7 +175,7 @@ async def test_pause_completes_pending_io_before_it_is_reported() -> None:
     rig = Rig(guest)
     vcpu = rig.vcpus[0]
     # This guest completes I/O even when it is to leave, so the fake must not answer for it.
-    vcpu.run = lambda: guest(vcpu)  # type: ignore[method-assign]
+    vcpu.run = lambda: guest(vcpu)  # type: ignore[method-assign]  # as said
     async with trio.open_nursery() as nursery:
         nursery.start_soon(rig.tasks.run)
         await trio.to_thread.run_sync(first_read.wait)

@@ -113,7 +113,10 @@ class ControlApi:
             await self._server.serve(listeners, task_status=task_status)
 
     async def answers(self) -> bool:
-        """Tell whether a client of this process's own user gets the list of machines. The caller sets the deadline."""
+        """Tell whether a client of this process's own user gets the list of machines. The caller sets the deadline.
+
+        That all connections are in use is an answer, too: clients have them, and a new daemon would be no better off.
+        """
         try:
             async with await trio.open_unix_socket(self._path) as stream:
                 await stream.send_all(_QUESTION)
@@ -125,7 +128,7 @@ class ControlApi:
                     answer += more
         except (OSError, trio.BrokenResourceError):
             return False
-        return answer.startswith(b"HTTP/1.1 200 ")
+        return answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 "))
 
     def stop(self) -> None:
         """Let ``serve`` return, at the latest after the drain deadline."""

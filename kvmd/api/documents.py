@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from kvmd import __version__
 from kvmd.api.models import HostFacts
 from kvmd.fleet.base import MachineEnd, MachineInfo
 from kvmd.guests import GUESTS
+from kvmd.log import iso_time
 from kvmd.spec import BUILTIN_PREFIX, MachineSpec
 
 _BUILTIN_NAMES = {guest.path: BUILTIN_PREFIX + name for name, guest in GUESTS.items()}
@@ -29,8 +29,8 @@ def machine_document(info: MachineInfo) -> dict[str, object]:
         "state": info.state,
         "spec": _spec(info.spec),
         "owner_uid": info.owner_uid,
-        "created": timestamp(info.created_ns),
-        "started": None if info.started_ns is None else timestamp(info.started_ns),
+        "created": iso_time(info.created_ns),
+        "started": None if info.started_ns is None else iso_time(info.started_ns),
         "pid": info.pid,
         "facts": info.facts,
         "end": None if info.end is None else _end(info.end),
@@ -45,12 +45,6 @@ def waited_document(info: MachineInfo, *, reached: bool) -> dict[str, object]:
 def host_document(host: HostFacts) -> dict[str, object]:
     """Return the daemon and its host."""
     return {"version": __version__, "host": host.model_dump(mode="json")}
-
-
-def timestamp(wall_ns: int) -> str:
-    """Return a time since the epoch as RFC 3339 text with microseconds."""
-    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"
 
 
 def image_name(spec: MachineSpec) -> str:
@@ -92,5 +86,5 @@ def _end(end: MachineEnd) -> dict[str, object]:
         "message": end.message,
         "status": end.status,
         "signal": end.signal,
-        "time": timestamp(end.wall_ns),
+        "time": iso_time(end.wall_ns),
     }

@@ -11,14 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import MachineState
 from kvmd.network.spec import ADDRESSES_LIMIT, MTU_LEAST, MTU_MOST, NETWORKS_LIMIT
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, TASKS_LIMIT, VCPU_LIMIT
-
-NAME_PATTERN = "^[a-z0-9][a-z0-9._-]{0,62}$"
-"""The names that ``kvmd.spec`` allows."""
+from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, NAME_PATTERN, TASKS_LIMIT, VCPU_LIMIT
 
 SIZE_PATTERN = "^[0-9]{1,15}[KMGT]?$"
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 U64 = Annotated[int, Field(ge=0, lt=1 << 64)]
 Size = (
     Annotated[int, Field(ge=0, lt=1 << 53, description="bytes")]

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(run_cli(arguments))
 
 
-def run_cli(arguments: Sequence[str] | None = None) -> int:
+def run_cli(arguments: Sequence[str] | None = None) -> int:  # noqa: PLR0911 - a return for each way to fail
     """Run the command line and return its exit status.
 
     Args:
@@ -66,6 +66,9 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
         with cli.make_context("kvmd", list(sys.argv[1:] if arguments is None else arguments)) as context:
             status: Any = cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return ExitStatus.CONFIG
     except click.exceptions.Exit as error:  # --help and --version
         return error.exit_code
     except click.ClickException as error:

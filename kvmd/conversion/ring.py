@@ -7,7 +7,7 @@ reader that has nothing to read leaves a callback.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvmd.conversion.record import ConversionRecord
 
@@ -42,12 +42,21 @@ class RecordRing:
 
     def append(self, record: ConversionRecord) -> None:
         """Add ``record``, over the oldest one where the ring is full, and wake who waits. O(1)."""
-        if self._appended < self._capacity:
-            self._slots.append(record)
+        self.extend((record,))
+
+    def extend(self, records: Sequence[ConversionRecord]) -> None:
+        """Add some in order, as ``append`` does."""
+        if self._appended + len(records) <= self._capacity:
+            self._slots.extend(records)
+            self._appended += len(records)
         else:
-            self._slots[self._appended % self._capacity] = record
-        self._appended += 1
-        if self._waiting:
+            for record in records:
+                if self._appended < self._capacity:
+                    self._slots.append(record)
+                else:
+                    self._slots[self._appended % self._capacity] = record
+                self._appended += 1
+        if self._waiting and records:
             waiting, self._waiting = self._waiting, []
             for wake in waiting:
                 wake()

@@ -84,6 +84,7 @@ _STATUS = {
     "host-lacks": Status.UNREACHABLE,
     "too-many-connections": Status.UNREACHABLE,
     "stopping": Status.UNREACHABLE,
+    "machine-silent": Status.UNREACHABLE,
     "backend-failed": Status.HOST_FAULT,
     "internal": Status.INTERNAL,
     "not-implemented": Status.INTERNAL,

@@ -21,13 +21,13 @@ _OPEN_SECONDS = 2.0
 
 
 class Newcomers:
-    """Tells those who follow all machines of new and of deleted ones."""
+    """Tells those who follow all machines of new ones."""
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[Entry], None]] = []
 
     def tell(self, entry: Entry) -> None:
-        """Say that a machine is there, or that one is deleted."""
+        """Say that a machine is there."""
         for listener in list(self._listeners):
             listener(entry)
 
@@ -61,14 +61,11 @@ class AllEvents:
         """Follow all machines, and those that come."""
         async with trio.open_nursery() as nursery:
 
-            def came_or_went(entry: Entry) -> None:
-                if entry.deleted:
-                    nursery.start_soon(self._tell_deleted, entry)
-                else:
-                    self._places.set(entry.info.created_ns, START)
-                    nursery.start_soon(self._follow_new, MachineEvents(entry, START), entry)
+            def came(entry: Entry) -> None:
+                self._places.set(entry.info.created_ns, START)
+                nursery.start_soon(self._follow_one, MachineEvents(entry, START), entry)
 
-            newcomers.add(came_or_went)
+            newcomers.add(came)
             try:
                 async with trio.open_nursery() as opening:
                     for entry in self._entries:
@@ -80,31 +77,25 @@ class AllEvents:
                         opening.start_soon(self._open_one, MachineEvents(entry, place), entry, nursery)
                 yield PlacedStream(self._next, lambda: str(self._places))
             finally:
-                newcomers.remove(came_or_went)
+                newcomers.remove(came)
                 nursery.cancel_scope.cancel()
 
     async def _open_one(self, events: MachineEvents, entry: Entry, nursery: trio.Nursery) -> None:
-        with trio.move_on_after(_OPEN_SECONDS) as scope:
+        with trio.move_on_after(_OPEN_SECONDS):
             await events.open()
-        if scope.cancelled_caught:
-            await events.aclose()
         if events.place is not None:
             self._places.set(entry.info.created_ns, events.place)
         nursery.start_soon(self._follow_one, events, entry)
-
-    async def _follow_new(self, events: MachineEvents, entry: Entry) -> None:
-        await events.open()
-        await self._follow_one(events, entry)
 
     async def _follow_one(self, events: MachineEvents, entry: Entry) -> None:
         try:
             while (happened := await events.next()) is not None:
                 await self._send.send((entry, *happened))
+            # Not before: a reader that is slow would hear of a machine again that it was told is deleted.
+            await entry.wait(lambda: entry.deleted)
+            await self._send.send((entry, None, "lifecycle", {"change": "deleted"}))
         finally:
             await events.aclose()
-
-    async def _tell_deleted(self, entry: Entry) -> None:
-        await self._send.send((entry, None, "lifecycle", {"change": "deleted"}))
 
     async def _next(self) -> Event:
         entry, place, kind, data = await self._receive.receive()

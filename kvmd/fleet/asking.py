@@ -8,7 +8,7 @@ import trio
 
 from kvmd.errors import MachineSilent, MachineStateError
 from kvmd.fleet.entry import Entry
-from kvmd.machine_process.client import ControlClient, HungUp
+from kvmd.machine_process.client import ControlClient, HungUp, NoRoom
 from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.messages import Request
 
@@ -17,6 +17,9 @@ REQUEST_SECONDS = 15.0
 
 END_SECONDS = 5.0
 """How long a process may take to end after it closed its control socket."""
+
+_ROOM_SECONDS = 0.02
+"""Before a machine that had no room for one more client is asked again."""
 
 ALIVE = "created, running or paused"
 
@@ -34,7 +37,7 @@ async def ask(entry: Entry, action: str, request: Request, kind: type[T], *, nee
         with trio.fail_after(REQUEST_SECONDS):
             if entry.ended:
                 raise HungUp("it has ended")  # noqa: TRY301 - like one that ends meanwhile
-            async with await ControlClient.connect(entry.folder) as client:
+            async with await connect(entry) as client:
                 return await client.ask(request, kind)
     except HungUp as error:
         with trio.move_on_after(END_SECONDS):
@@ -48,3 +51,16 @@ async def ask(entry: Entry, action: str, request: Request, kind: type[T], *, nee
         ) from error
     except BadMessage as error:
         raise MachineSilent(f"machine {entry.name} gives no sensible answer: {error}") from error
+
+
+async def connect(entry: Entry) -> ControlClient:
+    """Connect to a machine's process, once it has room for one more client.
+
+    Raises:
+        HungUp, BadMessage: as ``ControlClient.connect``.
+    """
+    while True:
+        try:
+            return await ControlClient.connect(entry.folder)
+        except NoRoom:
+            await trio.sleep(_ROOM_SECONDS)

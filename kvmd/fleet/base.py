@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import msgspec
 
@@ -15,6 +15,8 @@ from kvmd.spec import MachineSpec
 MachineState = Literal["created", "running", "paused", "stopped"]
 """``created``: a process with memory and vCPUs that has not run yet. ``stopped``: the process is gone, but
 not how it ended."""
+
+MACHINE_STATES: tuple[MachineState, ...] = get_args(MachineState)
 
 
 class MachineEnd(msgspec.Struct, frozen=True):
@@ -265,6 +267,15 @@ class Fleet(Protocol):
         self, name: str, *, start: int = 0, follow: bool = True
     ) -> AbstractAsyncContextManager[AsyncIterator[OutputPart]]:
         """Read what a machine's process logs, as lines of JSON; the rest as ``console_output``."""
+
+
+def state_of(told: str) -> MachineState:
+    """Return the state that a machine's process tells; "running" for one that is none of a process that is there.
+
+    A machine whose guest has stopped is not over before its process is, and of one that says nonsense nobody knows
+    more: that lets the operator stop and kill it.
+    """
+    return next((state for state in MACHINE_STATES if state == told and state != "stopped"), "running")
 
 
 def counters_document(counters: Counters) -> dict[str, object]:

@@ -9,9 +9,10 @@ import structlog
 import trio
 
 from kvmd.errors import MachineStateError
+from kvmd.fleet.asking import connect
 from kvmd.fleet.base import OutputPart
 from kvmd.fleet.entry import Entry
-from kvmd.fleet.streams import Stream
+from kvmd.fleet.streams import AGAIN_SECONDS, Stream
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import CONSOLE
 from kvmd.machine_process.framing import BadMessage
@@ -77,8 +78,7 @@ class OutputFollower:
             answer = await self._client.receive()
             if isinstance(answer, OutputPiece):
                 return self._took(answer)
-            await self.aclose()
-            await self._entry.wait(lambda: self._entry.ended)
+            await self._end_or_again()
 
     def stream(self) -> AsyncIterator[OutputPart]:
         """Return what comes until the end, as a stream."""
@@ -91,7 +91,7 @@ class OutputFollower:
             await client.aclose()
 
     async def _connect(self) -> OutputPiece | None:
-        """Follow the process, and return its first answer; None once it has ended."""
+        """Follow the process, and return its first answer; None once it has ended, or where it has no room."""
         try:
             self._client = await ControlClient.connect(self._entry.folder)
             await self._client.send(FollowOutput(self._output, self._offset, self._follow))
@@ -100,9 +100,14 @@ class OutputFollower:
             answer = None
         if isinstance(answer, OutputPiece):
             return answer
-        await self.aclose()
-        await self._entry.wait(lambda: self._entry.ended)
+        await self._end_or_again()
         return None
+
+    async def _end_or_again(self) -> None:
+        """Hang up, and wait for the machine's end, or until there may be room for one more reader."""
+        await self.aclose()
+        with trio.move_on_after(AGAIN_SECONDS):
+            await self._entry.wait(lambda: self._entry.ended)
 
     def _took(self, piece: Piece | OutputPiece) -> OutputPart | None:
         if not piece.data:
@@ -142,7 +147,7 @@ class MachineConsole:
             for at in range(0, len(data), TYPE_LIMIT):
                 try:
                     if self._client is None:
-                        self._client = await ControlClient.connect(self._entry.folder)
+                        self._client = await connect(self._entry)
                     await self._client.ask(Type(data[at : at + TYPE_LIMIT]), Typed)
                 except HungUp as error:
                     raise MachineStateError("type", needed="created, running or paused", found="stopped") from error

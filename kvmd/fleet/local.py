@@ -14,7 +14,17 @@ from kvmd.errors import HostError, MachineExists, MachineSilent, MachineStateErr
 from kvmd.fleet import looking
 from kvmd.fleet.all_events import AllEvents, Newcomers
 from kvmd.fleet.asking import ALIVE, ask
-from kvmd.fleet.base import Console, Counters, Event, EventStream, MachineInfo, MachineState, MemoryMap, OutputPart
+from kvmd.fleet.base import (
+    Console,
+    Counters,
+    Event,
+    EventStream,
+    MachineInfo,
+    MachineState,
+    MemoryMap,
+    OutputPart,
+    state_of,
+)
 from kvmd.fleet.creation import Creator
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.following import MachineConsole, OutputFollower
@@ -47,7 +57,7 @@ from kvmd.machine_process.messages import (
     Status,
 )
 from kvmd.machine_process.spawning import Reaped
-from kvmd.spec import MachineSpec
+from kvmd.spec import NAME_LIMIT, MachineSpec
 
 _LAST_WORDS_SECONDS = 5.0
 """How long the parent of a process may take to say how it ended."""
@@ -167,7 +177,6 @@ class LocalFleet:
                 _log.warning("machine-folder-not-removed", machine=name, problem=str(error))
             del self._entries[name]
             entry.forget()
-        self._newcomers.tell(entry)
         _log.info("machine-deleted", machine=name)
 
     async def stop_all(self, seconds: float) -> None:
@@ -298,7 +307,7 @@ class LocalFleet:
             if not any_name:
                 raise MachineExists(f"there is a machine {name} already")
             number += 1
-            name = f"{wanted[: _NAME_LIMIT - len(str(number)) - 1]}-{number}"
+            name = f"{wanted[: NAME_LIMIT - len(str(number)) - 1]}-{number}"
         return name
 
     def _add(self, entry: Entry) -> None:
@@ -369,7 +378,7 @@ class LocalFleet:
                 if not done:
                     raise
             else:
-                entry.change(_state(status.state), started_ns=status.started_ns)
+                entry.change(state_of(status.state), started_ns=status.started_ns)
             return entry.info
 
     async def _stop_or_kill(self, entry: Entry, seconds: float) -> None:
@@ -380,15 +389,6 @@ class LocalFleet:
             entry.killed = True
             entry.kill()
             await entry.wait(lambda: entry.ended)
-
-
-_NAME_LIMIT = 63
-_STATES: tuple[MachineState, ...] = ("created", "running", "paused", "stopped")
-
-
-def _state(text: str) -> MachineState:
-    """Return the state that a machine names; one that it has stopped running is not over before its process is."""
-    return next((state for state in _STATES[:3] if state == text), "running")
 
 
 def _as_events(followed: MachineEvents, name: str) -> EventStream:

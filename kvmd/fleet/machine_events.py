@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import trio
 
 from kvmd.conversion.record import ConversionRecord
 from kvmd.fleet.base import counters_document
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.looking import conversions_of_ended, counters_of
 from kvmd.fleet.places import START, Place
-from kvmd.log import conversion_event
+from kvmd.fleet.streams import AGAIN_SECONDS
+from kvmd.log import conversion_event, iso_time
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import LastConversions
 from kvmd.machine_process.framing import BadMessage
@@ -51,7 +53,10 @@ class MachineEvents:
         return self._place
 
     async def open(self) -> bool:
-        """Connect, so that nothing that happens from now on is missed; false where the process is about to end."""
+        """Connect, so that nothing that happens from now on is missed.
+
+        False where the process is about to end, or has no room for one more reader.
+        """
         if self._entry.ended or self._entry.deleted:
             self._read_rest()
             return True
@@ -63,6 +68,9 @@ class MachineEvents:
             batch = await self._client.receive()  # the first one comes at once
         except (HungUp, BadMessage):
             batch = None
+        except BaseException:
+            await self.aclose()
+            raise
         if isinstance(batch, EventBatch):
             self._take(batch)
             return True
@@ -77,7 +85,8 @@ class MachineEvents:
             if self._client is None:
                 # It did not answer in time, or its process is at its end.
                 if not await self.open():
-                    await self._entry.wait(lambda: self._entry.ended)
+                    with trio.move_on_after(AGAIN_SECONDS):
+                        await self._entry.wait(lambda: self._entry.ended)
                 continue
             answer = await self._client.receive()
             if isinstance(answer, EventBatch):
@@ -148,9 +157,3 @@ def lifecycle_event(event: LifecycleEvent) -> dict[str, object]:
     if event.change == "stopped":
         data.update(reason=event.reason, message=event.message, status=event.status, signal=event.signal)
     return data
-
-
-def iso_time(wall_ns: int) -> str:
-    """Return nanoseconds since the epoch as ISO 8601 in UTC, to the microsecond."""
-    seconds, nanoseconds = divmod(wall_ns, 1_000_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"

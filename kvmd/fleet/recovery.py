@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from kvmd.errors import KvmdError
-from kvmd.fleet.base import MachineEnd, MachineInfo, MachineState
+from kvmd.fleet.base import MachineEnd, MachineInfo, state_of
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.looking import conversions_of_ended
 from kvmd.fleet.state_folder import StateFolder
@@ -37,6 +37,7 @@ from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.kept_conversions import settle_conversions
 from kvmd.machine_process.messages import AskInfo, CounterValues, Greeting, Info
 from kvmd.machine_process.steps import Steps, read_steps
+from kvmd.spec import NAME_PATTERN
 from kvmd.stop import ExitStatus, StopReason
 from kvmd.units import format_size
 
@@ -53,8 +54,6 @@ _RESULTS = {
 }
 """What systemd says of ends that a signal alone does not tell (systemd.exec(5), SERVICE_RESULT)."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
-_STATES: tuple[MachineState, ...] = ("created", "running", "paused", "stopped")
 _SIGNALLED = 128
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
@@ -106,7 +105,7 @@ async def _recover(state: StateFolder, path: Path, units: Units) -> Entry | None
 
 def _open_folder(path: Path) -> MachineFolder:
     """Open what may be a machine's folder. Raises NotADirectoryError where it cannot be one, a link for example."""
-    if not _NAME.fullmatch(path.name):
+    if re.fullmatch(NAME_PATTERN, path.name, re.ASCII) is None:
         raise NotADirectoryError(path)
     return MachineFolder.open(path)
 
@@ -152,7 +151,7 @@ async def _recover_folder(folder: MachineFolder, name: str, units: Units) -> Ent
         return entry
     pid = greeting.pid if greeting is not None else process_of(folder).pid
     # One that does not answer may do anything: "running" lets the operator stop and kill it.
-    state = next((known for known in _STATES if info is not None and info.state == known), "running")
+    state = "running" if info is None else state_of(info.state)
     entry = Entry(msgspec.structs.replace(machine, state=state, pid=pid), folder, pidfd)
     _log.info("machine-found", machine=name, pid=pid, state=state)
     return entry

@@ -79,13 +79,16 @@ class SpawnerLink:
             link = self._link if self._link is not None else self._open()
             self._number += 1
             number = self._number
-            asked = self._asked[number] = _Asked()
             packet = msgspec.msgpack.encode(Spawn(number))
+            asked = self._asked[number] = _Asked()
             try:
                 await link.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
-            except OSError as error:
+            except BaseException as error:
                 del self._asked[number]
-                raise HostError(f"cannot start a process for the machine: {error.strerror}") from error
+                if isinstance(error, OSError | trio.ClosedResourceError):
+                    problem = getattr(error, "strerror", None) or "the spawner ended"
+                    raise HostError(f"cannot start a process for the machine: {problem}") from error
+                raise
         try:
             await asked.answered.wait()
         finally:

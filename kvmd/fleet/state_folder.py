@@ -89,7 +89,12 @@ class StateFolder:
         """
         path = self.machines / name
         path.mkdir(mode=_FOLDER_MODE)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            # Out of descriptors, for example: its name would be taken until the next daemon.
+            path.rmdir()
+            raise
 
     def remove(self, name: str) -> None:
         """Remove a machine's folder with all that is in it; harmless where there is none.

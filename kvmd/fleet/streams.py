@@ -10,6 +10,9 @@ from typing import Generic, Self, TypeVar
 
 from kvmd.fleet.base import Event
 
+AGAIN_SECONDS = 1.0
+"""Before a machine that has no room for one more reader, or is about to end, is tried again."""
+
 T = TypeVar("T")
 
 

@@ -24,6 +24,10 @@ class HungUp(KvmdError):
     """The machine's process is not there any more, or closed the connection."""
 
 
+class NoRoom(HungUp):
+    """The machine closed the connection before its first word: it has too many clients, or is about to end."""
+
+
 class ControlClient:
     """One connection: made by ``connect``, used by one task at a time.
 
@@ -42,6 +46,7 @@ class ControlClient:
 
         Raises:
             HungUp: nobody listens there.
+            NoRoom: somebody does, who has no room for one more client.
             BadMessage: what answers is no machine, or one of another protocol.
         """
         stream = await _open_stream(folder)
@@ -112,7 +117,7 @@ async def _greeted(framed: Framed[Answer]) -> Greeting:
     except trio.BrokenResourceError as error:
         raise HungUp("the machine's process ended") from error
     if greeting is None:
-        raise HungUp("the machine's process ended, or has too many clients")
+        raise NoRoom("the machine's process has too many clients, or is about to end")
     if not isinstance(greeting, Greeting) or greeting.protocol != PROTOCOL:
         raise BadMessage(f"speaks another protocol than {PROTOCOL}: {greeting!r:.100}")
     return greeting

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import msgspec
 import trio
@@ -51,6 +51,9 @@ from kvmd.memory.accessor import PrivateMemory
 CLIENTS_LIMIT = 256
 """Connections at a time; more are closed as they come."""
 
+STREAMS_LIMIT = 192
+"""Of them those that follow something, and so stay: however many do, there is room for those who ask or act."""
+
 BATCH_RECORDS = 256
 """Conversions in one message of a stream."""
 
@@ -76,6 +79,7 @@ class ControlServer:
         self._pid = pid
         self._ticks = ticks
         self._clients = 0
+        self._streams = 0
         self._typing = trio.StrictFIFOLock()
         self._room = trio.Event()
 
@@ -127,6 +131,16 @@ class ControlServer:
             self._clients -= 1
             await trio.aclose_forcefully(stream)
 
+    @contextmanager
+    def stream(self) -> Iterator[bool]:
+        """Count a client that follows something; false where there are too many already."""
+        room = self._streams < STREAMS_LIMIT
+        self._streams += room
+        try:
+            yield room
+        finally:
+            self._streams -= room
+
     async def type(self, host: MachineHost, data: bytes) -> None:
         """Give ``data`` to the console, one client at a time."""
         async with self._typing:
@@ -155,12 +169,8 @@ class _Client:
     async def serve(self) -> None:
         while (request := await self._framed.receive()) is not None:
             match request:
-                case FollowOutput():
-                    async with self._until_hangup():
-                        await self._follow_output(request)
-                case FollowEvents():
-                    async with self._until_hangup():
-                        await self._follow_events(request)
+                case FollowOutput() | FollowEvents():
+                    await self._follow(request)
                 case Type():
                     # It may wait for as long as the guest does not read: whoever hangs up meanwhile is gone.
                     typed = False
@@ -175,6 +185,17 @@ class _Client:
                     await self._framed.send(await self._answer(request))
                     continue
             return
+
+    async def _follow(self, request: FollowOutput | FollowEvents) -> None:
+        with self._server.stream() as room:
+            if not room:
+                await self._framed.send(Refused("busy", f"there are {STREAMS_LIMIT} who follow it already"))
+                return
+            async with self._until_hangup():
+                if isinstance(request, FollowOutput):
+                    await self._follow_output(request)
+                else:
+                    await self._follow_events(request)
 
     async def _answer(self, request: Request) -> msgspec.Struct:
         try:

@@ -168,11 +168,12 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
     Attributes:
         kind: ``state`` (the machine's state does not allow it: ``action``, ``needed`` and ``found`` say more),
-            ``private`` (``gpa`` is), ``range`` (not within memory or what may be asked), ``bad-request`` or ``bug``.
+            ``private`` (``gpa`` is), ``range`` (not within memory or what may be asked), ``busy`` (no room for one more
+            who follows something), ``bad-request`` or ``bug``.
         message: one line.
     """
 
-    kind: Literal["state", "private", "range", "bad-request", "bug"]
+    kind: Literal["state", "private", "range", "busy", "bad-request", "bug"]
     message: str
     action: str = ""
     needed: str = ""

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from kvmd.errors import ConfigError
+from kvmd.network.naming import LOCK
 from kvmd.toml_file import Keys, refuse_unknown, shown
 
 NETWORKS_LIMIT = 8
@@ -22,8 +23,8 @@ MTU_LEAST, MTU_MOST = 68, 65521
 ADDRESSES_LIMIT = 16
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.+@=~-]{1,15}", re.ASCII)
-_NO_INTERFACE = frozenset({".", "..", "all", "default"})
-"""Names that the kernel, or /proc/sys/net, takes for something else."""
+_NO_INTERFACE = frozenset({".", "..", "all", "default", LOCK})
+"""Names that the kernel, or /proc/sys/net, takes for something else; and the lock, which a guest would keep."""
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", re.ASCII)
 _KINDS = frozenset({"bridge", "made-bridge", "namespace"})
@@ -152,7 +153,7 @@ def _normal_address(text: str) -> str:
         or address.ip.is_unspecified
         or address.ip.is_loopback
         # The network itself, unless it is so small that it has no address of its own (RFC 3021, RFC 6164).
-        or (address.ip == address.network.network_address and address.network.num_addresses > 2)  # noqa: PLR2004
+        or (address.ip == address.network.network_address and address.network.num_addresses > 2)  # noqa: PLR2004 - as said
     ):
         raise ConfigError(f"addresses: {shown(text)} is not possible: expected {_KEYS['addresses']}")
     return str(address)

@@ -4,6 +4,7 @@ import grp
 import os
 import socket
 import stat
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,18 @@ async def test_a_socket_that_was_given_is_served_and_left(tmp_path: Path) -> Non
 def test_a_group_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"api\.viewers: there is no group"):
         ControlApi(config_in(tmp_path, viewers="no-such-group-at-all"), FakeFleet(), HOST)
+
+
+async def test_it_answers_its_own_daemon_also_where_clients_have_all_connections(tmp_path: Path) -> None:
+    api = ControlApi(config_in(tmp_path), FakeFleet(), HOST)
+    assert not await api.answers()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(api.serve)
+        assert await api.answers()
+        async with AsyncExitStack() as stack:
+            for _ in range(10):
+                client = await stack.enter_async_context(await trio.open_unix_socket(tmp_path / "s"))
+                await client.send_all(b"GET /v1/host HTTP/1.1\r\nHost: k\r\n\r\n")
+                assert (await client.receive_some()).startswith(b"HTTP/1.1 200")
+            assert await api.answers()
+        api.stop()

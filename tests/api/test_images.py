@@ -10,7 +10,7 @@ import pytest
 from kvmd.api.images import opened_image
 from kvmd.errors import ImageError
 from tests.api.serving import Serving, serving_api
-from tests.api.test_server_http import send_with_fds
+from tests.api.test_server_descriptors import send_with_fds
 
 
 @pytest.fixture

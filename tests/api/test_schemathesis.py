@@ -173,9 +173,9 @@ async def refill(fleet: FakeFleet) -> None:
 def session_over(path: Path) -> Any:
     """Return a session of requests whose connections go to a Unix socket."""
     import requests  # noqa: PLC0415 - like schemathesis, not for every test run
-    from requests.adapters import HTTPAdapter  # noqa: PLC0415
-    from urllib3.connection import HTTPConnection  # noqa: PLC0415
-    from urllib3.connectionpool import HTTPConnectionPool  # noqa: PLC0415
+    from requests.adapters import HTTPAdapter  # noqa: PLC0415 - likewise
+    from urllib3.connection import HTTPConnection  # noqa: PLC0415 - likewise
+    from urllib3.connectionpool import HTTPConnectionPool  # noqa: PLC0415 - likewise
 
     class Connection(HTTPConnection):
         def _new_conn(self) -> socket.socket:
@@ -240,7 +240,7 @@ def schema() -> Any:
 @pytest.mark.parametrize(("operation_id", "mode"), _modes())
 def test_schemathesis_finds_nothing(server: Server, schema: Any, operation_id: str, mode: str) -> None:
     from schemathesis import GenerationMode  # noqa: PLC0415 - see above
-    from schemathesis.checks import CHECKS, load_all_checks  # noqa: PLC0415
+    from schemathesis.checks import CHECKS, load_all_checks  # noqa: PLC0415 - likewise
 
     load_all_checks()
     path, method = OPERATIONS[operation_id]

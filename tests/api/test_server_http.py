@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import socket
@@ -15,7 +14,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from kvmd.api.server.asgi import PASSED_FILE, PEER, UPGRADE, Receive, Scope, Send
+from kvmd.api.server.asgi import PEER, UPGRADE, Receive, Scope, Send
 from kvmd.api.server.limits import Limits
 from kvmd.units import KIB
 from tests.api.serving import Serving, respond, serving_app
@@ -29,12 +28,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.scopes: list[dict[str, Any]] = []
-        self.passed: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scopes.append(dict(scope))
-        if PASSED_FILE in scope["extensions"]:
-            self.passed.append(os.pread(scope["extensions"][PASSED_FILE], 100, 0))
         match scope["path"]:
             case "/bug":
                 raise LookupError("the app's own secret")
@@ -362,41 +358,3 @@ async def test_running_out_of_descriptors_is_survived(serving: Serving, monkeypa
 
     monkeypatch.setattr(socket.socket, "accept", accept)
     assert (await serving.get("/")).status == 200
-
-
-# -- descriptors -------------------------------------------------------------------------------------------------------
-
-
-def send_with_fds(stream: trio.SocketStream, data: bytes, fds: list[int]) -> None:
-    """Send with descriptors; the socket's buffer has room."""
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-    with socket.socket(fileno=os.dup(stream.socket.fileno())) as plain:
-        assert plain.sendmsg([data], ancillary) == len(data)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "image"
-    path.write_bytes(b"image")
-    return path
-
-
-async def test_a_descriptor_comes_with_its_request(app: Recorder, serving: Serving, file: Path) -> None:
-    async with serving.connect() as client:
-        with file.open("rb") as image:
-            send_with_fds(client.stream, b"GET / HTTP/1.1\r\nHost: k\r\n\r\n", [image.fileno()])
-        assert (await client.stream.receive_some(1000)).startswith(b"HTTP/1.1 200")
-        assert app.passed == [b"image"]
-        # It is that request's alone.
-        assert (await client.get("/")).status == 200
-        assert app.passed == [b"image"]
-
-
-async def test_descriptors_that_nobody_asked_for_are_closed(app: Recorder, serving: Serving, file: Path) -> None:
-    with file.open("rb") as image:
-        for data in (b"GET / HTTP/1.1\r\nHost: k\r\n\r\n", b"garbage\r\n\r\n", b"GET /half"):
-            async with serving.connect() as client:
-                send_with_fds(client.stream, data, [image.fileno()] * 5)
-                client.stream.socket.shutdown(socket.SHUT_WR)
-                assert await client.stream.receive_some(1000)
-    assert app.passed == [b"image"]  # what is left open is found by the fixture of tests/conftest.py

@@ -68,6 +68,14 @@ def test_a_wrong_command_line_is_one_line_and_status_120(
     assert captured.err.count("\n") == 1
 
 
+def test_no_command_at_all_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli([]) == ExitStatus.CONFIG
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Usage: ")
+    assert "\n  check  " in captured.err
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

@@ -176,6 +176,23 @@ def test_check(kvmctl: Kvmctl) -> None:
     assert json.loads(kvmctl("check", "-o", "json").out)["host"]["usable"] is True
 
 
+def test_check_waits_for_a_daemon_that_starts(kvmctl: Kvmctl, daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.stop()
+    assert kvmctl("check").status == 121
+    monkeypatch.setattr("kvmd.ctl.commands.check.time.sleep", lambda _: daemon.start())
+    outcome = kvmctl("check", "--wait", "20")
+    assert outcome.status == 0
+    assert outcome.err == ""
+
+
+def test_inspect_says_nothing_as_python_does(kvmctl: Kvmctl, guest: str) -> None:
+    lines = [line.split(maxsplit=1) for line in kvmctl("inspect", guest).out.splitlines()]
+    assert ["entropy", "no"] in lines
+    assert ["disks", "-"] in lines
+    assert ["cmdline", "-"] in lines
+    assert not any("[" in line[-1] for line in lines if line)
+
+
 def test_inspect(kvmctl: Kvmctl, daemon: Daemon, guest: str) -> None:
     daemon.guest(guest, convert)
     out = kvmctl("inspect", guest).out

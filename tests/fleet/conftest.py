@@ -32,7 +32,7 @@ GONE_SECONDS = 10.0
 def spec(name: str = "guest", **changes: object) -> MachineSpec:
     """Return a small machine whose guest is ``echo``."""
     fields: dict[str, object] = {"image": GUESTS["echo"].path, "name": name, "memory": 4 << 20, **changes}
-    return MachineSpec(**fields)  # type: ignore[arg-type]
+    return MachineSpec(**fields)  # type: ignore[arg-type]  # the spec checks them
 
 
 @dataclass

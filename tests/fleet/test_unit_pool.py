@@ -195,7 +195,7 @@ async def test_strangers_are_refused(units: FakeUnits, said: bytes) -> None:
     with structlog.testing.capture_logs() as logs:
         async with opened(units, 0):
             for number in (None, 5):
-                units.number_of = lambda _, number=number: number  # type: ignore[method-assign, misc]
+                units.number_of = lambda _, number=number: number  # type: ignore[method-assign, misc]  # a fake of a fake
                 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
                     stranger.connect(str(units.path))
                     stranger.send(said)

@@ -153,7 +153,7 @@ async def test_64_vcpus_start(open_machine: OpenMachine) -> None:
 def spec(**changes: object) -> MachineSpec:
     """Return the spec of a small machine, changed."""
     fields: dict[str, object] = {"image": Path(GUESTS["hello"].path), **changes}
-    return MachineSpec(**fields)  # type: ignore[arg-type]
+    return MachineSpec(**fields)  # type: ignore[arg-type]  # the spec checks them
 
 
 @pytest.mark.kvm

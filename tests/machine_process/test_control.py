@@ -16,7 +16,7 @@ from kvmd.errors import MachineStateError
 from kvmd.guests import GUESTS
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine_process.client import ControlClient, HungUp
-from kvmd.machine_process.control import CLIENTS_LIMIT, ControlServer
+from kvmd.machine_process.control import CLIENTS_LIMIT, STREAMS_LIMIT, ControlServer
 from kvmd.machine_process.folder import MachineFolder, listen_in
 from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.host import MachineHost
@@ -162,6 +162,28 @@ async def test_too_many_clients_are_sent_away_until_some_go(tmp_path: Path) -> N
                 break
             except HungUp:  # the server has not seen all of them go yet
                 await trio.lowlevel.checkpoint()
+
+
+async def test_those_who_follow_leave_room_for_those_who_ask(tmp_path: Path) -> None:
+    async with hosted(tmp_path) as folder:
+        followers = []
+        for number in range(STREAMS_LIMIT + 1):
+            follower = await ControlClient.connect(folder)
+            followers.append(follower)
+            await follower.send(FollowEvents(None, None) if number % 2 else FollowOutput("console", 0, follow=True))
+            if number == STREAMS_LIMIT:
+                assert await follower.receive() == Refused("busy", f"there are {STREAMS_LIMIT} who follow it already")
+                assert await follower.receive() is None
+        async with await ControlClient.connect(folder) as client:
+            assert (await client.ask(AskStart(), Status)).state == "running"
+        for follower in followers:
+            await follower.aclose()
+        # Their room is free again as soon as the machine has seen them go.
+        while True:
+            async with await ControlClient.connect(folder) as client:
+                await client.send(FollowEvents(None, None))
+                if isinstance(await client.receive(), EventBatch):
+                    break
 
 
 async def test_input_waits_for_a_guest_that_does_not_read(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Rig:
         self.state.set(GpaRange(2 * PAGE_SIZE, 4 * PAGE_SIZE), PageState.SHARED, 1, explicit=True)
         self.lock = WatchedLock()
         # Structurally a lock, as far as the accessor uses one.
-        self.accessor = HostAccessor(self.state, shared, self.lock)  # type: ignore[arg-type]
+        self.accessor = HostAccessor(self.state, shared, self.lock)  # type: ignore[arg-type]  # as said
 
 
 @pytest.fixture

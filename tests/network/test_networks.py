@@ -20,10 +20,11 @@ from kvmd.network import namespace, tap
 from kvmd.network.left_behind import is_anything_ours, remove_left_behind
 from kvmd.network.naming import GROUP, LOCK, guest_mac
 from kvmd.network.networks import Networks, open_networks
+from kvmd.network.own_thread import in_own_thread
 from kvmd.network.spec import NetworkSpec
 from kvmd.network.tap import Tap, changing
 from tests.network.guest import BROADCAST, SECONDS, TEST, Guest, ip
-from tests.own_network import CAP_NET_ADMIN, in_thread, keep_capabilities, own_network
+from tests.own_network import CAP_NET_ADMIN, keep_capabilities, own_network
 
 pytestmark = pytest.mark.network
 
@@ -110,7 +111,7 @@ def test_a_guest_in_a_namespace_of_its_own() -> None:
             assert links() == {"kvmd-web"}
             talk_udp(Guest(networks.guest[0]))
 
-        in_thread(inside)
+        in_own_thread(inside)
         with pytest.raises(HostError, match="networks\\[0\\]: there is a network namespace kvmd-web that is in use"):
             open_networks([ALONE], machine="web")
         assert namespace.is_there("kvmd-web")
@@ -337,8 +338,8 @@ def test_no_capability_and_only_the_one() -> None:
             "networks[1]: cannot make a network namespace: no CAP_SYS_ADMIN: docs/network.md says how to give it"
         )
 
-    in_thread(without)
-    in_thread(with_net_admin)
+    in_own_thread(without)
+    in_own_thread(with_net_admin)
     assert links() == {"br0"}
 
 
@@ -418,7 +419,7 @@ def test_what_cannot_be_removed_is_told_and_stays_for_the_next_start() -> None:
         with pytest.raises(HostError, match="no CAP_NET_ADMIN"):
             remove_left_behind()
 
-    in_thread(without)
+    in_own_thread(without)
     assert len(remove_left_behind()) == 2
 
 
@@ -432,7 +433,7 @@ def test_an_end_that_may_not_remove_its_bridge_is_an_end_all_the_same() -> None:
         assert [entry["event"] for entry in log] == ["network-left-behind"]
         assert "no CAP_NET_ADMIN" in log[0]["problem"]
 
-    in_thread(open_and_close)
+    in_own_thread(open_and_close)
     assert links() == {"vms"}
     assert remove_left_behind() == ["bridge vms"]
 

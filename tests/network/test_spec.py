@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmd.errors import ConfigError
+from kvmd.network.naming import LOCK
 from kvmd.network.spec import NETWORKS_LIMIT, NetworkSpec, networks_of
 
 
@@ -75,6 +76,10 @@ MAC = 'expected the guest\'s address, six bytes of which the first is even, such
         (
             'bridge = "br0"\ntap = "a/b"',
             f"tap: 'a/b' is not possible: expected {TAP}",
+        ),
+        (
+            f'bridge = "br0"\ntap = "{LOCK}"',
+            f"tap: '{LOCK}' is not possible: expected {TAP}",
         ),
         (
             'bridge = "br0"\ntap = "br0"',

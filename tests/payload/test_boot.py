@@ -89,7 +89,7 @@ def interesting_addresses(memory_size: int) -> list[int]:
 
 @pytest.mark.parametrize("gigabyte_pages", [False, True])
 @pytest.mark.parametrize("memory_size", [2 * MIB, 64 * MIB, 3 * GIB, 4 * GIB, 5 * GIB + PAGE, 700 * GIB])
-def test_both_views_translate_to_their_side(memory_size: int, gigabyte_pages: bool) -> None:  # noqa: FBT001
+def test_both_views_translate_to_their_side(memory_size: int, gigabyte_pages: bool) -> None:  # noqa: FBT001 - a case
     walker = Walker(layout(memory_size, gigabyte_pages=gigabyte_pages))
 
     for address in interesting_addresses(memory_size):
@@ -98,7 +98,7 @@ def test_both_views_translate_to_their_side(memory_size: int, gigabyte_pages: bo
 
 
 @pytest.mark.parametrize("gigabyte_pages", [False, True])
-def test_what_is_not_mapped_faults(gigabyte_pages: bool) -> None:  # noqa: FBT001 - a parameter of the test
+def test_what_is_not_mapped_faults(gigabyte_pages: bool) -> None:  # noqa: FBT001 - a case - a parameter of the test
     walker = Walker(layout(gigabyte_pages=gigabyte_pages))
 
     for address in (4 * GIB, 512 * GIB, SHARED_OFFSET - 1, SHARED_OFFSET + 4 * GIB, (1 << 47) - PAGE):

@@ -25,7 +25,7 @@ def make(request: pytest.FixtureRequest, _small_slots: None) -> Iterator[Callabl
     with ExitStack() as stack:
 
         def build(**kwargs: object) -> Rig:
-            rig = Rig(request.param, **kwargs)  # type: ignore[arg-type]
+            rig = Rig(request.param, **kwargs)  # type: ignore[arg-type]  # the rig's own
             stack.callback(rig.close)
             return rig
 

@@ -279,7 +279,7 @@ class Gate:
 
     async def wait(self, count: int = 1) -> None:
         for _ in range(count):
-            assert await trio.to_thread.run_sync(self.entered.acquire, True, WATCHDOG_SECONDS)  # noqa: FBT003
+            assert await trio.to_thread.run_sync(self.entered.acquire, True, WATCHDOG_SECONDS)  # noqa: FBT003 - run_sync has no names
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from kvmd.api.all_counters import counters_of_all
 from kvmd.api.openapi import problems
 from kvmd.api.routes.query import StrictRoute
 from kvmd.api.services import ServerFigures, Services
-from kvmd.fleet.base import Counters, MachineInfo
+from kvmd.fleet.base import MACHINE_STATES, Counters, MachineInfo
 
-_STATES = ("created", "running", "paused", "stopped")
 _QUANTILES = ("0.5", "0.9", "0.99", "1")
 
 Sample = tuple[str, dict[str, str], float]
@@ -52,7 +51,7 @@ def render(machines: Iterable[MachineInfo], counters: dict[str, Counters], figur
 
     name = "kvmd_machines"
     states: list[str] = [info.state for info in machines]
-    family(name, "gauge", "Machines by state.", [(name, {"state": s}, states.count(s)) for s in _STATES])
+    family(name, "gauge", "Machines by state.", [(name, {"state": s}, states.count(s)) for s in MACHINE_STATES])
     name = "kvmd_machines_silent"
     family(
         name, "gauge", "Machines that did not say their counters in time.", [(name, {}, len(machines) - len(counters))]

@@ -7,6 +7,7 @@ import math
 import os
 import select
 import socket
+from collections.abc import Iterable
 
 import trio
 
@@ -26,7 +27,7 @@ class Wire:
 
     Attributes:
         ended: whether the client has said that it sends no more (it may still read).
-        passed: descriptors that came with the bytes, not asked for yet.
+        passed: the descriptor that came with the bytes, not asked for yet; at most one.
     """
 
     def __init__(self, connection: trio.socket.SocketType) -> None:
@@ -46,8 +47,7 @@ class Wire:
             data, ancillary = b"", []
         for level, kind, value in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds = array.array("i", value[: len(value) - len(value) % _FD_BYTES])
-                self.passed.extend(fds)
+                self._keep_one(array.array("i", value[: len(value) - len(value) % _FD_BYTES]))
         self.ended = self.ended or not data
         return data
 
@@ -81,8 +81,9 @@ class Wire:
         """Return once a client that sends no more does not read either."""
         poll = select.poll()
         poll.register(self._socket.fileno(), 0)  # POLLHUP is told unasked (poll(2))
-        # ASYNC110: there is nobody to set an event but the kernel, which only answers when asked.
-        while not any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0)):  # noqa: ASYNC110
+        while not any(  # noqa: ASYNC110 - nobody could set an event but the kernel, which only answers when asked
+            events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0)
+        ):
             await trio.sleep(HALF_OPEN_LOOK_SECONDS)
         await trio.lowlevel.checkpoint()
 
@@ -98,6 +99,14 @@ class Wire:
         with trio.move_on_after(seconds):
             while await self.receive():
                 self.drop_passed()
+
+    def _keep_one(self, fds: Iterable[int]) -> None:
+        """Keep a descriptor for the request under way and close the others: each byte may bring some more."""
+        for fd in fds:
+            if self.passed:
+                os.close(fd)
+            else:
+                self.passed.append(fd)
 
     def drop_passed(self) -> None:
         """Close all descriptors that nobody asked for."""

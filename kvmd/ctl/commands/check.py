@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import click
+
 from kvmd.ctl.answers import an_object
+from kvmd.ctl.client import Client
+from kvmd.ctl.errors import Unreachable
 from kvmd.ctl.session import Session, ctl_command
 from kvmd.ctl.statuses import Status
 from kvmd.ctl.text import shown
 
+_AGAIN_SECONDS = 0.05
+
 
 @ctl_command("check")
-def check_command(session: Session) -> int:
+@click.option(
+    "--wait",
+    "seconds",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Give a kvmd that is starting so long to answer.",
+)
+def check_command(session: Session, *, seconds: float) -> int:
     """Say whether kvmd answers, and what its host can do; 121 where it cannot run guests.
 
     'kvmd check' asks the host itself.
     """
-    client = session.client()
-    answer = an_object(client.get("/v1/host"))
+    answer = _asked(session.client(), seconds)
     host = an_object(answer, "host")
     usable = host.get("usable") is True
     session.answer(answer, "\n".join(_lines(answer, host, usable=usable)))
     return Status.DONE if usable else Status.UNREACHABLE
+
+
+def _asked(client: Client, seconds: float) -> dict[str, Any]:
+    """Return what the daemon says of itself and its host, once there is one to ask."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return an_object(client.get("/v1/host"))
+        except Unreachable:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_AGAIN_SECONDS)
 
 
 def _lines(answer: dict[str, Any], host: dict[str, Any], *, usable: bool) -> Iterator[str]:

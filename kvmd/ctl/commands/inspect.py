@@ -50,5 +50,16 @@ def _lines(table: dict[str, Any], depth: int = 0) -> Iterator[str]:
             case None:
                 yield f"{label}  -"
             case _:
-                text = size(value) if key in _BYTES else shown(value)
+                text = size(value) if key in _BYTES else _plain(value)
                 yield f"{label}  {cut(text, _VALUE_LIMIT)}"
+
+
+def _plain(value: object) -> str:
+    """Return a value as people write it."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case [*values]:
+            return ", ".join(map(shown, values)) or "-"
+        case _:
+            return shown(value) or "-"
