@@ -116,7 +116,7 @@ def test_a_busy_guest_gets_no_more_of_the_processors_than_its_limit(host: System
     assert now["throttled_usec"] > before["throttled_usec"]
     # One period's quota more than a half where the looks fall badly, and what the scheduler takes back later.
     assert used < 0.6
-    assert host.ask("POST", f"/v1/machines/{name}/stop")["end"]["reason"] == "operator"
+    assert host.ask("POST", f"/v1/machines/{name}/stop")["machine"]["end"]["reason"] == "operator"
 
 
 def has_cpu_max() -> bool:
