@@ -15,42 +15,30 @@ of its own while it is measured.
 from __future__ import annotations
 
 import os
-import select
-import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
-from queue import SimpleQueue
 
 import trio
 
 from kvmd.benchmark.handoff_load import EVENTS_A_SECOND, REQUESTS_A_SECOND, under_load
+from kvmd.benchmark.handoff_ways import (
+    BARE,
+    HANDOFF,
+    LOADED_WAYS,
+    MAIN_WAYS,
+    TURNS,
+    WARM_UP_TURNS,
+    WAYS,
+    YARDSTICK,
+    Way,
+)
 from kvmd.benchmark.measure import Options, Ratio, Report, Series, take_turns
-from kvmd.conversion.changes import Change, Limits, Ticket
-from kvmd.conversion.messages import Answer, Cause, ConversionRequest, MmioAccess, Outcome
-from kvmd.conversion.ring import RecordRing
-from kvmd.conversion.rules import ConversionRules
-from kvmd.conversion_service import ConversionService, Waiter
-from kvmd.hv.exits import MemoryFault
-from kvmd.memory.page_state import PageStateMap
-from kvmd.protection.base import Applied
-from kvmd.ranges import GpaRange, PageState
-from kvmd.request_channel import SOON_NS, RequestChannel
-from kvmd.units import MIB, PAGE_SIZE
 
 TARGET = 1.5
 """What a hand-off may cost at most, in bare ping-pongs, when idle."""
 
-_BARE = "SimpleQueue ping-pong"
-_HANDOFF = "hand-off"
-_MEMORY = 64 * MIB
-_TURNS = 400
-"""Hand-offs in one round: some 10 milliseconds."""
-
-_WARM_UP_TURNS = 40
 _LOADED = 40
 """Rounds while the loop serves."""
 
@@ -64,17 +52,17 @@ def measure(options: Options) -> Report:
     if first != last:
         places.append((", two CPUs", first, last))
     for where, asking, answering in places:
-        ways = {make().label: partial(_round, make, asking, answering) for make in (_WAYS if where else _MAIN_WAYS)}
+        ways = {make.label: partial(_round, make, asking, answering) for make in (WAYS if where else MAIN_WAYS)}
         os.sched_setaffinity(0, answering)
         series = take_turns(ways, rounds=options.rounds(60), unit="us")
         os.sched_setaffinity(0, cpus)
-        bare = series.pop(_BARE)
+        bare = series.pop(BARE)
         for label, measured in series.items():
-            target = TARGET if label == _HANDOFF and not where else None
+            target = TARGET if label == HANDOFF and not where else None
             report.ratios.append(Ratio(replace(measured, label=f"{label}{where}"), bare, target))
     _measure_under_load(report, cpus, options)
     report.notes.append(
-        f"{_TURNS} hand-offs a round, one thread asking; `{_HANDOFF}` is kvmd's ConversionService with rules that "
+        f"{TURNS} hand-offs a round, one thread asking; `{HANDOFF}` is kvmd's ConversionService with rules that "
         "answer at once; the two rows after it have its real rules, and a protection that does nothing"
     )
     return report
@@ -84,20 +72,20 @@ def _measure_under_load(report: Report, cpus: list[int], options: Options) -> No
     """Measure what kvmd has, and the yardstick, while the loop serves the API."""
     first = frozenset(cpus[:1])
 
-    def ask(way: _Way) -> float:
+    def ask(way: Way) -> float:
         return _ask(way, first, first)
 
-    ways: dict[str, Callable[[], _Way]] = {make.label: make for make in (_Bare, _Service, _Converted)}
-    idle = take_turns({_BARE: partial(_round, _Bare, first, first)}, rounds=options.rounds(_LOADED), unit="us")
+    ways: dict[str, Callable[[], Way]] = {make.label: make for make in LOADED_WAYS}
+    idle = take_turns({BARE: partial(_round, YARDSTICK, first, first)}, rounds=options.rounds(_LOADED), unit="us")
     try:
         found = under_load(ways, ask, rounds=options.rounds(_LOADED), cpu=cpus[0], client_cpu=cpus[-1])
     finally:
         os.sched_setaffinity(0, cpus)
     series = {label: Series(f"{label}, loop serves", "us", tuple(values)) for label, values in found.items()}
-    bare = series.pop(_BARE)
+    bare = series.pop(BARE)
     for measured in series.values():
         report.ratios.append(Ratio(measured, bare))
-    report.ratios.append(Ratio(bare, replace(idle[_BARE], label=f"{_BARE}, idle")))
+    report.ratios.append(Ratio(bare, replace(idle[BARE], label=f"{BARE}, idle")))
     report.notes.append(
         f"`loop serves`: on one CPU, while the service's event loop answers {REQUESTS_A_SECOND} requests a second and "
         f"streams {EVENTS_A_SECOND} events a second to a client in a process of its own; the ping-pong shares "
@@ -105,7 +93,7 @@ def _measure_under_load(report: Report, cpus: list[int], options: Options) -> No
     )
 
 
-def _round(make: Callable[[], _Way], asking: frozenset[int], answering: frozenset[int]) -> float:
+def _round(make: Callable[[], Way], asking: frozenset[int], answering: frozenset[int]) -> float:
     """Return microseconds for one hand-off, made from a thread on some CPUs to an event loop on others, or the same."""
 
     async def main() -> float:
@@ -120,305 +108,14 @@ def _round(make: Callable[[], _Way], asking: frozenset[int], answering: frozense
     return trio.run(main)
 
 
-def _ask(way: _Way, asking: frozenset[int], answering: frozenset[int]) -> float:
+def _ask(way: Way, asking: frozenset[int], answering: frozenset[int]) -> float:
     os.sched_setaffinity(0, asking)
     try:
-        for _ in range(_WARM_UP_TURNS):
+        for _ in range(WARM_UP_TURNS):
             way.call()
         started_ns = time.perf_counter_ns()
-        for _ in range(_TURNS):
+        for _ in range(TURNS):
             way.call()
-        return (time.perf_counter_ns() - started_ns) / 1000 / _TURNS
+        return (time.perf_counter_ns() - started_ns) / 1000 / TURNS
     finally:
         os.sched_setaffinity(0, answering)  # trio keeps the thread for others
-
-
-class _Way:
-    """One way of handing something to a trio task and back."""
-
-    label = ""
-
-    def __init__(self) -> None:
-        self._answered = threading.Lock()
-        self._answered.acquire()
-
-    def call(self) -> None:
-        """Hand over, and block until answered. In the asking thread."""
-        raise NotImplementedError
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Answer until cancelled."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Give up what it holds."""
-
-
-# -- the yardstick -----------------------------------------------------------------------------------------------------
-
-
-class _Bare(_Way):
-    label = _BARE
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._there: SimpleQueue[int] = SimpleQueue()
-        self._back: SimpleQueue[int] = SimpleQueue()
-
-    def call(self) -> None:
-        self._there.put(1)
-        self._back.get()
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
-        await trio.to_thread.run_sync(self._echo)
-
-    def _echo(self) -> None:
-        there, back = self._there.get, self._back.put
-        for _ in range(_WARM_UP_TURNS + _TURNS):
-            there()
-            back(1)
-
-
-# -- kvmd's service ----------------------------------------------------------------------------------------------------
-
-
-class _InstantRules(ConversionRules):
-    """Rules that answer each request at once."""
-
-    _AT_ONCE = Answer(Outcome.SPURIOUS)
-
-    def submit(self, ticket: Ticket) -> None:
-        """Answer it."""
-        ticket.answer = self._AT_ONCE
-        self.settled.append(ticket)
-
-    def next_change(self) -> Change | None:
-        """Change nothing."""
-        return None
-
-
-class _Service(_Way):
-    """kvmd's service. Two pages take turns: one that repeats would count as stuck."""
-
-    label = _HANDOFF
-    rules: type[ConversionRules] = _InstantRules
-    states: tuple[PageState, ...] = (PageState.PRIVATE,)
-    expected = Outcome.SPURIOUS
-
-    def __init__(self) -> None:
-        super().__init__()
-        rules = self.rules(PageStateMap(_MEMORY, PageState.PRIVATE), pinned=None, limits=Limits())
-        lock, self._ring = threading.Lock(), RecordRing()
-        self._service = ConversionService(rules, InstantProtection(), memory_lock=lock, ring=self._ring)
-        self._waiter = Waiter()
-        self._requests = cycle(
-            ConversionRequest(
-                vcpu=0, cause=Cause.IMPLICIT, gpa=page * PAGE_SIZE, size_bytes=PAGE_SIZE, to=to, entered_at=0
-            )
-            for to in self.states
-            for page in (0, 2)
-        )
-
-    def call(self) -> None:
-        self._service.request(next(self._requests), self._waiter)
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        await self._service.run(task_status=task_status)
-
-    def close(self) -> None:
-        self._service.dispose()
-        _, records = self._ring.reader(from_oldest=True).take(self._ring.capacity)
-        outcomes = [record.outcome for record in records]
-        if outcomes != [self.expected] * (_WARM_UP_TURNS + _TURNS):
-            raise RuntimeError(f"expected {self.expected}, got {outcomes}")
-
-
-class _Spurious(_Service):
-    label = "with rules, spurious"
-    rules = ConversionRules
-
-
-class _Converted(_Spurious):
-    label = "with rules, converted"
-    states = (PageState.SHARED, PageState.PRIVATE)
-    expected = Outcome.CONVERTED
-
-
-class InstantProtection:
-    """A protection that does nothing, so that only the way to it is measured."""
-
-    def locate(self, gpa: int) -> tuple[int, PageState | None]:
-        """Say that all is private."""
-        return gpa, PageState.PRIVATE
-
-    def wanted(self, fault: MemoryFault) -> tuple[int, PageState]:
-        """Say what the flags say."""
-        return fault.gpa, PageState.PRIVATE if fault.private else PageState.SHARED
-
-    def apply(self, range_: GpaRange, to: PageState) -> Applied:  # noqa: ARG002 - the protocol has it
-        """Say that it is done."""
-        return Applied(range_.end)
-
-    def discard(self, range_: GpaRange, side: PageState) -> None:
-        """Do nothing."""
-
-    def asks_by_address(self) -> bool:
-        """Say yes."""
-        return True
-
-    def access(self, state: PageState, access: MmioAccess) -> bytes:  # noqa: ARG002 - as above
-        """Answer a load with zeros."""
-        return bytes(access.size) if access.data is None else b""
-
-    def access_in_place(self, access: MmioAccess) -> bytes | None:  # noqa: ARG002 - as above
-        """Make none."""
-        return None
-
-    def diagnose(self, range_: GpaRange, state: PageState) -> str:  # noqa: ARG002 - the protocol has it
-        """Know nothing."""
-        return ""
-
-    def facts(self) -> dict[str, object]:
-        """Say nothing."""
-        return {}
-
-
-# -- ways that were not taken ------------------------------------------------------------------------------------------
-
-
-class _Channel(_Way):
-    """kvmd's channel without the service."""
-
-    label = "the channel alone, lingering"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._channel: RequestChannel[Waiter] = RequestChannel(lambda waiter: waiter.answer(self._answer))
-        self._waiter = Waiter()
-        self._answer = Answer(Outcome.CONVERTED)
-
-    def call(self) -> None:
-        self._channel.put(self._waiter)
-        self._waiter.wait()
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._channel.carry)
-            task_status.started()
-            while True:
-                arrived = await self._channel.receive()
-                self._channel.attend()
-                while arrived:
-                    for waiter in arrived:
-                        waiter.answer(self._answer)
-                    arrived = self._channel.linger()
-                self._channel.leave()
-
-    def close(self) -> None:
-        self._channel.close()
-        self._channel.dispose()
-
-
-class _SoonChannel(_Way):
-    label = "run_sync_soon, channel"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._send, self._receive = trio.open_memory_channel[int](64)
-
-    def call(self) -> None:
-        if self._token is not None:
-            self._token.run_sync_soon(self._send.send_nowait, 1)
-        self._answered.acquire()
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        task_status.started()
-        async for _ in self._receive:
-            self._answered.release()
-
-
-class _EventfdOnly(_Way):
-    label = "eventfd, no channel"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._inbox: deque[int] = deque()
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def call(self) -> None:
-        self._inbox.append(1)
-        os.eventfd_write(self._eventfd, 1)
-        self._answered.acquire()
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
-        while True:
-            await trio.lowlevel.wait_readable(self._eventfd)
-            os.eventfd_read(self._eventfd)
-            while self._inbox:
-                self._inbox.popleft()
-                self._answered.release()
-
-    def close(self) -> None:
-        os.close(self._eventfd)
-
-
-class _EventfdLinger(_EventfdOnly):
-    label = "eventfd, loop lingers in select"
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
-        while True:
-            await trio.lowlevel.wait_readable(self._eventfd)
-            # The loop is kept for as long as the next request comes soon: no other task of it runs meanwhile.
-            while select.select((self._eventfd,), (), (), SOON_NS / 1e9)[0]:
-                os.eventfd_read(self._eventfd)
-                while self._inbox:
-                    self._inbox.popleft()
-                    self._answered.release()
-
-
-class _EventfdChannel(_EventfdOnly):
-    label = "eventfd, channel"
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        send, receive = trio.open_memory_channel[int](64)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._carry, send)
-            task_status.started()
-            async for _ in receive:
-                self._answered.release()
-
-    async def _carry(self, send: trio.MemorySendChannel[int]) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(self._eventfd)
-            os.eventfd_read(self._eventfd)
-            while self._inbox:
-                send.send_nowait(self._inbox.popleft())
-
-
-class _FromThread(_Way):
-    label = "trio.from_thread.run_sync"
-
-    def call(self) -> None:
-        trio.from_thread.run_sync(int)
-
-    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
-        task_status.started()
-        await trio.sleep_forever()
-
-
-_MAIN_WAYS: tuple[Callable[[], _Way], ...] = (_Bare, _Service, _Spurious, _Converted)
-
-_WAYS: tuple[Callable[[], _Way], ...] = (
-    *_MAIN_WAYS,
-    _FromThread,
-    _Channel,
-    _SoonChannel,
-    _EventfdChannel,
-    _EventfdOnly,
-    _EventfdLinger,
-)
