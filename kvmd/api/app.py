@@ -8,11 +8,10 @@ from kvmd.api.access import AccessRules, Gate
 from kvmd.api.direct import Direct
 from kvmd.api.openapi import DocumentedApi
 from kvmd.api.routes import console, counters, events, guest_devices, guest_memory, host, machines, metrics
-from kvmd.api.server.asgi import App
 from kvmd.api.services import API_PREFIX, Services
 
 
-def make_app(services: Services, rules: AccessRules) -> App:
+def make_app(services: Services, rules: AccessRules) -> Gate:
     """Return the app that the server serves."""
     return Gate(Direct(make_fastapi(services), services), rules)
 

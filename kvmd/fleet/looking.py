@@ -13,7 +13,8 @@ from kvmd.fleet.asking import ask
 from kvmd.fleet.base import Balloon, Counters, MemoryMap
 from kvmd.fleet.entry import Entry
 from kvmd.log import conversion_event
-from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
+from kvmd.machine_process.folder import BadFile, LastConversions
+from kvmd.machine_process.kept_conversions import conversions_left
 from kvmd.machine_process.messages import (
     READ_LIMIT,
     RECORDS_LIMIT,
@@ -110,7 +111,7 @@ async def conversions(entry: Entry, *, since: int, limit: int) -> Sequence[dict[
         since = records[-1].sequence
     await trio.lowlevel.checkpoint()
     if entry.ended and len(found) < limit:
-        last = _left_behind(entry)
+        last = conversions_of_ended(entry)
         rest = [] if last is None else [record for record in last.records if record.sequence > since]
         found += [conversion_event(record, entry.name) for record in rest[: limit - len(found)]]
     return found
@@ -124,16 +125,16 @@ async def last_conversion(entry: Entry) -> int:
         except MachineStateError:
             pass  # it ended just now
     await trio.lowlevel.checkpoint()
-    last = _left_behind(entry)
+    last = conversions_of_ended(entry)
     return 0 if last is None else last.count
 
 
-def _left_behind(entry: Entry) -> LastConversions | None:
-    """Return the conversions that a machine which has ended left."""
+def conversions_of_ended(entry: Entry) -> LastConversions | None:
+    """Return the conversions that a machine which has ended left; None where there are none, or no file can be read."""
     if entry.deleted:
         return None
     try:
-        return entry.folder.read(LAST_CONVERSIONS, LastConversions)
-    except BadFile as error:
+        return conversions_left(entry.folder)
+    except (BadFile, OSError) as error:
         _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
         return None

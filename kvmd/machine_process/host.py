@@ -16,16 +16,19 @@ from kvmd.conversion_log import ConversionSampler
 from kvmd.errors import MachineStateError, NoSuchDevice
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine_end import log_end
+from kvmd.machine_process.counting import counter_values
 from kvmd.machine_process.folder import (
     CONSOLE,
     END,
     LAST_CONVERSIONS,
+    LAST_RECORDS,
     LOG,
     EndFile,
     LastConversions,
     MachineFolder,
 )
 from kvmd.machine_process.hosted import HostedMachine
+from kvmd.machine_process.kept_conversions import ConversionKeeper
 from kvmd.machine_process.messages import Balloon as BalloonState
 from kvmd.machine_process.messages import CounterValues
 from kvmd.machine_process.outputs import KeptOutput
@@ -38,9 +41,6 @@ from kvmd.virtio.host_port import PortConnection
 
 OUTPUT_KEPT = 256 << 10
 """Bytes of console and of log that are kept in memory for those who follow."""
-
-LAST_RECORDS = 16384
-"""Conversions that outlive the machine: two megabytes of file, at most."""
 
 SHUTDOWN_SECONDS = 10.0
 """How long a guest whose power button a SIGTERM pressed may take: systemd gives the process 20 s (TimeoutStopSec=)."""
@@ -85,6 +85,7 @@ class MachineHost:
         self._sampler = ConversionSampler(
             machine.records.reader(from_oldest=True), machine=machine.spec.name, log=structlog.get_logger("kvmd")
         )
+        self._keeper = ConversionKeeper(machine.records.reader(from_oldest=True), folder.fd, self._file_failed)
         self._start = trio.Event()
         self._never_started = False
 
@@ -118,7 +119,7 @@ class MachineHost:
                 self._log_pump.end()
             self._write_end(stop)
         finally:
-            for output in (self.console, self.log_output, self.steps):
+            for output in (self.console, self.log_output, self.steps, self._keeper):
                 output.close()
         return stop
 
@@ -219,6 +220,7 @@ class MachineHost:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._console_pump.run)
             nursery.start_soon(self._sampler.run)
+            nursery.start_soon(self._keeper.run)
             try:
                 stop = await self.machine.run()
             except Exception as error:
@@ -226,6 +228,7 @@ class MachineHost:
                 stop = Stop.because(StopReason.BUG, f"a bug of kvmd's: {error!r}")
             self._console_pump.end()
             self._sampler.end()
+            self._keeper.end()
         return stop
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -260,22 +263,7 @@ class MachineHost:
                 shared += range_.size_bytes
             else:
                 private += range_.size_bytes
-        waiting, applying, discarding = (
-            (part.p50, part.p90, part.p99, part.maximum)
-            for part in (snapshot.waiting, snapshot.applying, snapshot.discarding)
-        )
-        return CounterValues(
-            requests=[
-                (count.cause.value, count.to.value, count.outcome.value, count.requests) for count in snapshot.counts
-            ],
-            shared_bytes=shared,
-            private_bytes=private,
-            waiting_us=waiting,
-            applying_us=applying,
-            discarding_us=discarding,
-            lost=snapshot.uncounted,
-            hottest=[(hot.gpa, hot.size_bytes, hot.count, hot.overcount) for hot in snapshot.hottest],
-        )
+        return counter_values(snapshot, shared_bytes=shared, private_bytes=private)
 
     def _write_end(self, stop: Stop) -> None:
         """Write what outlives the process; the end last, since who finds it looks no further."""
@@ -297,6 +285,8 @@ class MachineHost:
             self._folder.write(LAST_CONVERSIONS, LastConversions(ring.appended, records))
         except OSError as error:
             self._file_failed(error)
+        else:
+            self._keeper.discard()
         try:
             self._folder.write(END, end, durable=True)
             self.end_written = True
