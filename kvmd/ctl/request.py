@@ -144,7 +144,9 @@ def _loaded(path: Path) -> dict[str, object]:
             _sizes_in_bytes(limits, "memory")
         # Dates, and numbers that are none, have no place in JSON.
         json.dumps(document, allow_nan=False)
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        raise Mistake(f"{name}: a date or time, which no key of a machine takes: write text in quotes") from error
+    except ValueError as error:
         raise Mistake(f"{name}: {shown(error)}") from error
     return document
 

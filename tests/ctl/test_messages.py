@@ -74,7 +74,7 @@ def test_a_wrong_command_line_is_one_line_and_status_120(kvmctl: Kvmctl, argumen
         (b"\xff", "not TOML"),
         (b"vcpus = 1", "image is missing"),
         (b'image = "builtin:hello"\nmemory = "64Q"', "is not a size"),
-        (b'image = "builtin:hello"\nvcpus = 1979-05-27', "not JSON serializable"),
+        (b'image = "builtin:hello"\nvcpus = 1979-05-27', "a date or time, which no key of a machine takes"),
         (b'image = "builtin:hello"\nvcpus = nan', "not JSON compliant"),
         (b'image = "builtin:hello"\ncolour = 1', "colour"),
         (b'image = "builtin:hello"\nname = "../x"', "name"),
