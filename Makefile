@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format guests bench bench-page lab-test lab-linux lock clean
+.PHONY: help demo test check format guests bench bench-page lab-test lab-linux lab-systemd lock clean
 
 help: ## Show what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,7 @@ format: $(READY) ## Format the code
 lab-test: $(READY) ## Run the tests that need private memory, in the lab
 	lab/setup
 	lab/test
+	$(MAKE) lab-systemd
 
 # On one of the lab's processors: lab/README.md, Traps. The lab cannot keep bytecode, and takes minutes to make it.
 lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's
@@ -43,6 +44,11 @@ lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's
 	$(BIN)/python -m tests.linux_guest.debian
 	$(BIN)/python -m compileall -q kvmd tests
 	LAB_CPUS=1 KVMD_TEST_LINUX=required lab/test tests/lab/test_linux_guest.py
+
+# Python takes most of the time, and on one of the lab's processors less of it.
+lab-systemd: $(READY) ## Run kvmd under a real systemd there, with D-Bus and polkit
+	lab/setup
+	LAB_CPUS=1 KVMD_TEST_SYSTEMD=required lab/test tests/lab/test_systemd.py
 
 guests: ## Rebuild the payload guests with the GNU toolchain
 	$(MAKE) -C kvmd/guests/src

@@ -32,7 +32,7 @@ SHOWN_A_SECOND = 10
 SUMMARY_SECONDS = 1.0
 
 
-class _Follower:
+class RecordFollower:
     """A task that follows a ring until ``end`` is called: waits for records, then lets some more gather."""
 
     def __init__(self, reader: RecordReader) -> None:
@@ -80,7 +80,7 @@ class _Lines:
         return taken
 
 
-class ConversionFileWriter(_Follower):
+class ConversionFileWriter(RecordFollower):
     """Writes every conversion to a file as one line of JSON, and what it was too slow for as ``conversions-lost``.
 
     The file's reader never slows a guest: records that the ring has dropped are counted in the stream itself, in
@@ -196,7 +196,7 @@ class TokenBucket:
         return True
 
 
-class ConversionSampler(_Follower):
+class ConversionSampler(RecordFollower):
     """Logs conversions as they happen up to ``SHOWN_A_SECOND``, and sums up each second that had any.
 
     A summary is an event ``conversions``: the requests of about a second by direction and outcome, how many of

@@ -180,16 +180,11 @@ _TABLES: dict[str, type[msgspec.Struct]] = {
 
 _AT_START = (
     "api.socket",
-    "api.operators",
-    "api.viewers",
     "api.viewers_socket",
     "machines.units",
     "machines.socket",
-    "disks.folders",
-    "networks.bridges",
-    "networks.namespaces",
 )
-"""Keys that a running daemon does not read again: they say what it opened when it started, and for whom."""
+"""Keys that a running daemon does not read again: they say what it opened when it started."""
 
 
 def need_restart(old: DaemonConfig, new: DaemonConfig) -> list[str]:

@@ -13,7 +13,9 @@
     ├── MachineStateError an action that the machine's state does not allow
     ├── MachineExists     a machine of that name is there already
     ├── UnknownMachine    there is no machine of that name
-    └── MachineSilent     a machine's process does not answer
+    ├── MachineSilent     a machine's process does not answer
+    ├── NoSuchDevice      the machine does not have what the action is about
+    └── DeviceInUse       somebody else has it
 
 Every message is one line that says what is wrong and how to mend it. A failed system call stays the
 ``__cause__`` of the error that names the operation.
@@ -100,6 +102,14 @@ class MachineExists(KvmdError):
 
 class UnknownMachine(KvmdError):
     """There is no machine of that name."""
+
+
+class NoSuchDevice(KvmdError):
+    """The machine does not have the device that the action is about."""
+
+
+class DeviceInUse(KvmdError):
+    """Somebody else has the device, which one has at a time."""
 
 
 class MachineSilent(KvmdError):

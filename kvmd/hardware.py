@@ -72,10 +72,12 @@ class Platform:
 
     Attributes:
         console: the serial port's interrupt line.
+        button: the power button's: a pull presses it.
         places: one for each virtio device, in their order.
     """
 
     console: InterruptLine
+    button: InterruptLine
     places: tuple[DevicePlace, ...] = ()
 
 

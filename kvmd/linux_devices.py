@@ -15,9 +15,11 @@ from kvmd.memory.accessor import HostAccessor
 from kvmd.spec import MachineSpec
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
+from kvmd.virtio.console import ConsoleDevice
 from kvmd.virtio.device import DeviceModel, VirtioDevice
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.entropy import EntropyDevice
+from kvmd.virtio.host_port import HostPort
 from kvmd.virtio.mmio import QUEUE_NOTIFY, MmioTransport
 from kvmd.virtio.net import NetworkDevice
 from kvmd.virtio.serving import serve
@@ -25,20 +27,24 @@ from kvmd.virtio.serving import serve
 
 def device_count(spec: MachineSpec) -> int:
     """Return how many virtio devices a machine has."""
-    return len(spec.disks) + len(spec.networks) + spec.entropy + spec.balloon
+    return len(spec.disks) + len(spec.networks) + spec.entropy + spec.balloon + bool(spec.agent)
 
 
 class LinuxDevices(Closing):
-    """All virtio devices of a machine, in the order of their places: disks, network cards, entropy, balloon.
+    """All virtio devices of a machine, in the order of their places: disks, network cards, entropy, balloon, agent.
 
     Attributes:
         virtio: the devices, to be served.
         facts: for the first log line.
+        balloon: the balloon, if there is one.
+        agent: the host's end of the port, if there is one.
     """
 
     def __init__(self) -> None:
         self.virtio: list[VirtioDevice] = []
         self.facts: dict[str, object] = {}
+        self.balloon: BalloonDevice | None = None
+        self.agent: HostPort | None = None
         self._resources = ExitStack()
 
     @classmethod
@@ -73,6 +79,17 @@ class LinuxDevices(Closing):
             for device in self.virtio:
                 nursery.start_soon(serve, device)
 
+    async def pause(self) -> None:
+        """Leave guest memory alone until ``resume``, once what is under way is done. No vCPU runs any more."""
+        async with trio.open_nursery() as nursery:
+            for device in self.virtio:
+                nursery.start_soon(device.pause)
+
+    def resume(self) -> None:
+        """Go on, with what the guest asked for and what came for it meanwhile too."""
+        for device in self.virtio:
+            device.resume()
+
     def close(self) -> None:
         """Give up all of it, once nothing serves or uses it; harmless the second time.
 
@@ -106,7 +123,12 @@ class LinuxDevices(Closing):
         if spec.entropy:
             models.append(("entropy", EntropyDevice()))
         if spec.balloon:
-            models.append(("balloon", BalloonDevice(memory.discard)))
+            self.balloon = BalloonDevice(memory.discard)
+            self.balloon.set_target(spec.balloon_target)
+            models.append(("balloon", self.balloon))
+        if spec.agent:
+            self.agent = HostPort()
+            models.append(("agent", ConsoleDevice(self.agent, spec.agent)))
         return models
 
     def _add(self, name: str, model: DeviceModel, place: DevicePlace, memory: HostAccessor, bus: MmioBus) -> None:

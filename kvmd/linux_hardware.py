@@ -22,6 +22,7 @@ from kvmd.kvm.vcpu import KvmVcpu
 from kvmd.kvm.vm import Vm
 from kvmd.linux.address_map import (
     ACPI_TABLES,
+    BUTTON_GSI,
     COM1,
     COM1_GSI,
     DEVICE_GSIS,
@@ -125,6 +126,7 @@ def _acpi(vcpus: int, devices: int) -> LinuxWrite:
         reset_port=RESET_PORT,
         reset_value=RESET_VALUE,
         panic_port=PANIC_PORT,
+        button_gsi=BUTTON_GSI,
         virtio=[
             VirtioWindow(DEVICES_START + index * DEVICE_SIZE, DEVICE_SIZE, DEVICE_GSIS[index])
             for index in range(devices)
@@ -165,13 +167,15 @@ def _platform(vm: Vm, devices: int, stack: ExitStack) -> Platform:
     """Connect interrupt lines and notifications."""
     console = stack.enter_context(InterruptLine())
     vm.connect_interrupt(console.fileno(), COM1_GSI)
+    button = stack.enter_context(InterruptLine())
+    vm.connect_interrupt(button.fileno(), BUTTON_GSI)
     places = []
     for index, gsi in zip(range(devices), DEVICE_GSIS, strict=False):
         window = GpaRange.of_size(DEVICES_START + index * DEVICE_SIZE, DEVICE_SIZE)
         interrupt = stack.enter_context(InterruptLine())
         vm.connect_interrupt(interrupt.fileno(), gsi)
         places.append(DevicePlace(window, gsi, interrupt, vm.connect_notification))
-    return Platform(console, tuple(places))
+    return Platform(console, button, tuple(places))
 
 
 def _vcpus(kvm: Kvm, vm: Vm, count: int, boot: LinuxBoot, stack: ExitStack) -> list[Vcpu]:

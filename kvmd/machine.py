@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -48,6 +48,8 @@ from kvmd.vcpu_tasks import VcpuTasks
 
 if TYPE_CHECKING:
     from kvmd.linux_devices import LinuxDevices
+    from kvmd.virtio.balloon import BalloonDevice
+    from kvmd.virtio.host_port import HostPort
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
@@ -70,6 +72,9 @@ class Machine(Closing):
         memory: how the host reads and writes the guest's shared memory.
         pinned: memory that never converts.
         facts: for the first log line.
+        agent: the host's end of the port of a program in the guest; None where there is none.
+        balloon: what memory the guest does without; None where there is no balloon.
+        power_button: presses the power button; None where there is none.
     """
 
     def __init__(
@@ -101,11 +106,16 @@ class Machine(Closing):
         uart = Uart16550(self.console, self.typed) if line is None else Uart16550(self.console, self.typed, line.pull)
         self.ports.add(_COM1, _UART_PORTS, uart)
         self._devices: LinuxDevices | None = None
+        self.agent: HostPort | None = None
+        self.balloon: BalloonDevice | None = None
+        self.power_button: Callable[[], None] | None = None
         if hardware.platform is not None and bus is not None and switch is not None:
             from kvmd.linux_devices import LinuxDevices  # noqa: PLC0415 - payloads start faster without it
 
             _add_power(self.ports, switch)
             self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus, opened)
+            self.agent, self.balloon = self._devices.agent, self._devices.balloon
+            self.power_button = hardware.platform.button.pull
         limits = Limits(
             chunk_bytes=spec.conversion.chunk,
             no_progress=spec.conversion.no_progress_limit,
@@ -123,6 +133,8 @@ class Machine(Closing):
             **({} if self._devices is None else self._devices.facts),
         }
         self._state_name = "created"
+        # A pause waits for disks: who resumes meanwhile comes after it.
+        self._changing = trio.Lock()
 
     @classmethod
     def open(cls, spec: MachineSpec, *, files: Sequence[int] = ()) -> Self:
@@ -189,19 +201,22 @@ class Machine(Closing):
         self._tasks.stop(Stop.because(StopReason.OPERATOR, "stopped by the operator"))
 
     async def pause(self) -> None:
-        """Take all vCPUs out of the guest, with their I/O completed, and keep them out.
+        """Take all vCPUs out of the guest, with their I/O completed, and let devices rest: its memory stays as it is.
 
         Raises:
             MachineStateError: it is not running, or it ended meanwhile.
         """
-        self._need("pause", "running")
-        self._state_name = "paused"
-        self._parked.clear()
-        # A vCPU that waits for room on the console would never park.
-        self.console.release()
-        self._gate.pause()
-        await self._parked.wait()
-        self._need("pause", "paused")
+        async with self._changing:
+            self._need("pause", "running")
+            self._state_name = "paused"
+            self._parked.clear()
+            # A vCPU that waits for room on the console would never park.
+            self.console.release()
+            self._gate.pause()
+            await self._parked.wait()
+            if self._devices is not None:
+                await self._devices.pause()
+            self._need("pause", "paused")
 
     async def resume(self) -> None:
         """Let the vCPUs in again.
@@ -209,11 +224,17 @@ class Machine(Closing):
         Raises:
             MachineStateError: it is not paused.
         """
-        self._need("resume", "paused")
-        self._state_name = "running"
-        self.console.restore()
-        self._gate.resume()
-        await trio.lowlevel.checkpoint()
+        async with self._changing:
+            self._need("resume", "paused")
+            self._state_name = "running"
+            self.console.restore()
+            if self._devices is not None:
+                self._devices.resume()
+            self._gate.resume()
+
+    def held_bytes(self) -> int:
+        """Return how much of the host's memory the shared side of the guest's takes up."""
+        return self._hardware.shared.held_bytes()
 
     def memory_map(self) -> list[tuple[GpaRange, PageState]]:
         """Return the state of all memory, as the fewest ranges, in order."""

@@ -31,11 +31,15 @@ NAME_LIMIT = 63
 NAME_PATTERN = rf"[a-z0-9][a-z0-9._-]{{0,{NAME_LIMIT - 1}}}"
 """What machines may be called, as a regular expression."""
 
+AGENT_LIMIT = 63
+"""Characters of the name of an agent's port."""
+
+_AGENT = re.compile(rf"[a-zA-Z0-9][a-zA-Z0-9._-]{{0,{AGENT_LIMIT - 1}}}", re.ASCII)
 _PROTECTIONS = frozenset({"emulated", "guest-memfd", "auto", "none"})
 _NOT_BUILT_YET = frozenset({"snp", "tdx"})
 _ACCELERATORS = frozenset({"auto", "kvm", "software"})
 _TRIPWIRES = frozenset({"auto", "attribute", "guest_memfd", "hole"})
-_SIZES = frozenset({"memory", "conversion.chunk", "limits.memory"})
+_SIZES = frozenset({"memory", "balloon_target", "conversion.chunk", "limits.memory"})
 _U64_LIMIT = 1 << 64
 _NO_PROGRESS_LIMIT = 1_000_000
 _RANGES_LIMIT = 1 << 24
@@ -63,6 +67,8 @@ _KEYS = Keys(
         "networks": "up to 8 tables, [[networks]], with keys of their own",
         "entropy": "true or false",
         "balloon": "true or false",
+        "balloon_target": "a size in pages of 4 KiB that is less than memory, with balloon = true",
+        "agent": f'up to {AGENT_LIMIT} of a-z, A-Z, 0-9, ".", "_" and "-", such as "org.qemu.guest_agent.0"',
         "vcpus": f"a whole number from 1 to {VCPU_LIMIT}",
         "memory": 'a size in pages of 4 KiB, such as "64M"',
         "accelerator": '"auto", "kvm" or "software"',
@@ -175,6 +181,8 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         networks: of Linux, its network cards.
         entropy: of Linux, whether it has a source of randomness.
         balloon: of Linux, whether it can give memory back.
+        balloon_target: of Linux with a balloon, bytes that it is asked to do without from the start.
+        agent: of Linux, the name of a port for a program in it that the host talks to; empty for none.
         name: by default made of the image's file name.
         vcpus: how many, from 1.
         memory: bytes, a multiple of the page size.
@@ -212,6 +220,8 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     networks: tuple[NetworkSpec, ...] = ()
     entropy: bool = True
     balloon: bool = False
+    balloon_target: int = 0
+    agent: str = ""
     conversion: ConversionSpec = msgspec.field(default_factory=ConversionSpec)
     limits: LimitsSpec = msgspec.field(default_factory=LimitsSpec)
 
@@ -262,7 +272,7 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def _check_kind(self) -> None:
         """Refuse what belongs to the other kind of guest."""
         if self.kernel is None:
-            for key in ("initrd", "cmdline", "disks", "networks", "balloon"):
+            for key in ("initrd", "cmdline", "disks", "networks", "balloon", "balloon_target", "agent"):
                 if getattr(self, key):
                     raise ConfigError(
                         f"{key}: only Linux has it, and this machine has no kernel: give one, or leave it out"
@@ -278,6 +288,11 @@ class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
                 'initial: "private" is not possible for Linux: a kernel cannot be put into private memory, nor does it '
                 'convert any by itself: expected "shared"'
             )
+        fits = not self.balloon_target & PAGE_MASK and (
+            self.balloon_target == 0 or (self.balloon and 0 < self.balloon_target < self.memory)
+        )
+        _KEYS.need("balloon_target", self.balloon_target, fits)
+        _KEYS.need("agent", self.agent, not self.agent or _AGENT.fullmatch(self.agent) is not None)
         if self.arguments:
             raise ConfigError("arguments: only payloads have them: expected cmdline, for Linux")
 

@@ -102,11 +102,19 @@ def test_what_a_running_daemon_does_not_take_over_is_named() -> None:
     old = DaemonConfig()
     new = daemon_config_of(
         {
-            "api": {"socket": "/s", "operators": "root", "connections": 300, "drain_seconds": 1},
+            "api": {
+                "socket": "/s",
+                "operators": "root",
+                "connections": 300,
+                "drain_seconds": 1,
+                "viewers_socket": "/v",
+            },
             "machines": {"units": "never", "waiting": 7},
             "log": {"level": "debug"},
             "images": {"folders": ["/images"]},
+            "disks": {"folders": ["/disks"]},
+            "networks": {"bridges": ["br0"], "namespaces": True},
         }
     )
-    assert need_restart(old, new) == ["api.socket", "api.operators", "machines.units"]
+    assert need_restart(old, new) == ["api.socket", "api.viewers_socket", "machines.units"]
     assert need_restart(new, new) == []

@@ -51,7 +51,13 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_systemd_has_nothing_to_say_of_the_units(units: list[Path]) -> None:
-    assert [unit.name for unit in units] == ["kvmd-machine@.service", "kvmd.service", "kvmd.slice", "kvmd.socket"]
+    assert [unit.name for unit in units] == [
+        "kvmd-machine@.service",
+        "kvmd-view.socket",
+        "kvmd.service",
+        "kvmd.slice",
+        "kvmd.socket",
+    ]
     done = analyze("verify", *map(str, units))
     # It exits 0 for a key that it does not know.
     assert (done.stdout + done.stderr, done.returncode) == ("", 0)

@@ -1,7 +1,7 @@
 """A small writer of AML, ACPI's machine language: terms in, bytes out.
 
 Source: ACPI 6.5, chapter 20 ("ACPI Machine Language Specification"); resources 6.4. Only what describes devices: names,
-numbers, strings, packages, buffers, scopes, devices and resource descriptors; no code.
+numbers, strings, packages, buffers, scopes, devices, resource descriptors, and methods that do nothing but notify.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ _ZERO, _ONE = b"\x00", b"\x01"
 _BYTE, _WORD, _DWORD, _STRING, _QWORD = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
 _NAME, _SCOPE, _BUFFER, _PACKAGE = b"\x08", b"\x10", b"\x11", b"\x12"
 _DEVICE = b"\x5b\x82"
+_METHOD, _NOTIFY = b"\x14", b"\x86"
+_SERIALIZED = 1 << 3
 _ROOT = b"\\"
 
 _SEGMENT = re.compile(r"[A-Z_][A-Z0-9_]{0,3}", re.ASCII)
@@ -87,6 +89,16 @@ def scope(path: str, terms: Sequence[bytes]) -> bytes:
 def device(segment: str, terms: Sequence[bytes]) -> bytes:
     """Return a device with what belongs to it."""
     return _DEVICE + _sized(_path(segment) + b"".join(terms))
+
+
+def method(segment: str, arguments: int, terms: Sequence[bytes]) -> bytes:
+    """Return a method of up to 7 arguments, of which one caller is in at a time (20.2.5.2)."""
+    return _METHOD + _sized(_path(segment) + struct.pack("B", arguments | _SERIALIZED) + b"".join(terms))
+
+
+def notify(segment: str, value: int) -> bytes:
+    """Return what tells a device's driver that something happened (20.2.5.3)."""
+    return _NOTIFY + _path(segment) + integer(value)
 
 
 # -- resources ---------------------------------------------------------------------------------------------------------

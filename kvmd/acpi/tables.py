@@ -23,7 +23,7 @@ _ALIGNMENT = 16
 _FADT_REVISION, _FADT_MINOR = 6, 5
 _FADT_SIZE = 276
 _FLAG_WBINVD = 1 << 0
-_FLAG_NO_POWER_BUTTON = 1 << 4
+_FLAG_NO_FIXED_POWER_BUTTON = 1 << 4
 _FLAG_NO_SLEEP_BUTTON = 1 << 5
 _FLAG_RESET_REGISTER = 1 << 10
 _FLAG_HEADLESS = 1 << 12
@@ -37,6 +37,9 @@ _MADT_REVISION = 5
 _MADT_PCAT_COMPATIBLE = 1
 _XAPIC_LIMIT = 255
 """APIC ids from here on need the x2APIC's structure."""
+
+_BUTTON_PRESSED = 0x80
+"""What a power button tells its driver (table 5.166)."""
 
 _ALL_PROCESSORS_XAPIC = 0xFF
 _ALL_PROCESSORS_X2APIC = 0xFFFF_FFFF
@@ -72,6 +75,7 @@ class AcpiMachine:
         reset_port: the reset register's I/O port.
         reset_value: what is written there to reset.
         panic_port: pvpanic's I/O port.
+        button_gsi: the interrupt line of the power button.
         virtio: the virtio devices, in order.
     """
 
@@ -84,6 +88,7 @@ class AcpiMachine:
     reset_port: int
     reset_value: int
     panic_port: int
+    button_gsi: int
     virtio: Sequence[VirtioWindow] = ()
 
 
@@ -136,6 +141,17 @@ def build_dsdt(machine: AcpiMachine) -> bytes:
             aml.name("_CRS", aml.resources((aml.ports(machine.panic_port, 1),))),
         ),
     )
+    # A machine without fixed registers has its power button as a device, which an event device tells of (5.6.9).
+    button = aml.device("PWRB", (aml.name("_HID", aml.eisa_id("PNP0C0C")), aml.name("_UID", aml.integer(0))))
+    events = aml.device(
+        "GED0",
+        (
+            aml.name("_HID", aml.string("ACPI0013")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name("_CRS", aml.resources((aml.edge_interrupt(machine.button_gsi),))),
+            aml.method("_EVT", 1, (aml.notify("PWRB", _BUTTON_PRESSED),)),
+        ),
+    )
     virtio = (
         aml.device(
             f"VR{index:02X}",
@@ -152,7 +168,7 @@ def build_dsdt(machine: AcpiMachine) -> bytes:
         for index, window in enumerate(machine.virtio)
     )
     off = aml.package([aml.integer(machine.sleep_type), *[aml.integer(0)] * 3])
-    return _table(b"DSDT", 2, aml.scope("_SB", (serial, panic, *virtio)) + aml.name("_S5", off))
+    return _table(b"DSDT", 2, aml.scope("_SB", (serial, panic, button, events, *virtio)) + aml.name("_S5", off))
 
 
 def build_fadt(machine: AcpiMachine, dsdt: int) -> bytes:
@@ -167,7 +183,7 @@ def build_fadt(machine: AcpiMachine, dsdt: int) -> bytes:
         "<I",
         112,
         _FLAG_WBINVD
-        | _FLAG_NO_POWER_BUTTON
+        | _FLAG_NO_FIXED_POWER_BUTTON
         | _FLAG_NO_SLEEP_BUTTON
         | _FLAG_RESET_REGISTER
         | _FLAG_HEADLESS

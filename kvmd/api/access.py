@@ -74,6 +74,9 @@ class AccessRules:
 class Gate:
     """An ASGI app that lets requests through to another one, or refuses them.
 
+    Attributes:
+        rules: who may do what, from the next request on.
+
     Args:
         app: behind the gate.
         rules: who may do what.
@@ -81,7 +84,7 @@ class Gate:
 
     def __init__(self, app: App, rules: AccessRules) -> None:
         self._app = app
-        self._rules = rules
+        self.rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through, or refuse it."""
@@ -97,7 +100,7 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         peer: Peer = scope["extensions"][PEER]
-        role = self._rules.role_of(peer)
+        role = self.rules.role_of(peer)
         if role is None:
             raise Problem(
                 ProblemType.FORBIDDEN, f"user {peer.uid} is neither in the operators' group nor in the viewers'"

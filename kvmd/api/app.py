@@ -7,12 +7,11 @@ from kvmd.api import errors
 from kvmd.api.access import AccessRules, Gate
 from kvmd.api.direct import Direct
 from kvmd.api.openapi import DocumentedApi
-from kvmd.api.routes import console, counters, events, guest_memory, host, machines, metrics
-from kvmd.api.server.asgi import App
+from kvmd.api.routes import console, counters, events, guest_devices, guest_memory, host, machines, metrics
 from kvmd.api.services import API_PREFIX, Services
 
 
-def make_app(services: Services, rules: AccessRules) -> App:
+def make_app(services: Services, rules: AccessRules) -> Gate:
     """Return the app that the server serves."""
     return Gate(Direct(make_fastapi(services), services), rules)
 
@@ -28,7 +27,7 @@ def make_fastapi(services: Services) -> DocumentedApi:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for module in (host, machines, guest_memory, counters, events, console, metrics):
+    for module in (host, machines, guest_devices, guest_memory, counters, events, console, metrics):
         app.include_router(module.router(services), prefix=API_PREFIX)
     errors.install(app)
     return app

@@ -10,11 +10,12 @@ from pathlib import Path
 import structlog
 import trio
 
-from kvmd.api.access import AccessRules
+from kvmd.api.access import AccessRules, Role
 from kvmd.api.app import make_app
 from kvmd.api.models import HostFacts
 from kvmd.api.server.limits import Limits
-from kvmd.api.server.listen import listening
+from kvmd.api.server.listen import give, listening
+from kvmd.api.server.peer import Peer
 from kvmd.api.server.server import Server
 from kvmd.api.services import ServerFigures, Services
 from kvmd.daemon_config import DaemonConfig, group_id
@@ -45,25 +46,43 @@ class ControlApi:
     ) -> None:
         self._config = config.api
         self._path = config.api.socket
-        self._operators = group_id("api.operators", config.api.operators)
-        self._viewers = group_id("api.viewers", config.api.viewers)
-        rules = AccessRules(own_uid=os.geteuid(), operators=self._operators, viewers=self._viewers)
-        self._image_folders = [Path(folder) for folder in config.images.folders]
-        services = Services(
-            fleet=fleet,
-            host=HostFacts.model_validate(host),
-            image_folders=self._image_folders,
-            disk_folders=[Path(folder) for folder in config.disks.folders],
-            bridges=config.networks.bridges,
-            namespaces=config.networks.namespaces,
-            figures=self._figures,
-        )
-        self._server = Server(make_app(services, rules), limits=_limits(config), log=log)
+        self._rules, self._operators, self._viewers = _rules(config)
+        self._listens = False
+        self._services = Services(fleet=fleet, host=HostFacts.model_validate(host), figures=self._figures)
+        self._allow(config)
+        self._gate = make_app(self._services, self._rules)
+        self._server = Server(self._gate, limits=_limits(config), log=log)
 
-    def reconfigure(self, config: DaemonConfig) -> None:
-        """Take over what a running API can: bounds on connections, the drain deadline, and folders of images."""
-        self._image_folders[:] = map(Path, config.images.folders)
+    def reconfigure(self, config: DaemonConfig) -> list[str]:
+        """Take over what a running API can, and return the keys that want a restart.
+
+        A role that somebody has lost is refused from the next request on, on open connections too; streams that were
+        let through go on.
+
+        Raises:
+            ConfigError: the configuration names a group that there is not. All is as before.
+            HostError: a socket cannot be given to a group. All is as before.
+        """
+        rules, operators, viewers = _rules(config)
+        if self._listens:
+            give(Path(self._config.socket), operators)
+            if self._viewers is not None:
+                give(Path(self._config.viewers_socket), viewers)
+        self._gate.rules = rules
+        self._allow(config)
         self._server.set_limits(_limits(config))
+        return ["api.viewers"] if self._listens and self._viewers is None and viewers is not None else []
+
+    def role_of(self, peer: Peer) -> Role | None:
+        """Return what a peer may do now, or None for strangers."""
+        return self._gate.rules.role_of(peer)
+
+    def _allow(self, config: DaemonConfig) -> None:
+        services = self._services
+        services.image_folders = [Path(folder) for folder in config.images.folders]
+        services.disk_folders = [Path(folder) for folder in config.disks.folders]
+        services.bridges = config.networks.bridges
+        services.namespaces = config.networks.namespaces
 
     async def serve(
         self,
@@ -86,6 +105,7 @@ class ControlApi:
             if listeners:
                 self._path = listeners[0].getsockname()
             if not listeners:
+                self._listens = True
                 listeners.append(stack.enter_context(listening(Path(self._config.socket), group=self._operators)))
                 if self._viewers is not None:
                     path = Path(self._config.viewers_socket)
@@ -117,6 +137,17 @@ class ControlApi:
     def _figures(self) -> ServerFigures:
         server = self._server
         return ServerFigures(server.open_connections, server.accepted, server.refused)
+
+
+def _rules(config: DaemonConfig) -> tuple[AccessRules, int | None, int | None]:
+    """Return the rules, and the groups of operators and viewers in them.
+
+    Raises:
+        ConfigError: there is no such group.
+    """
+    operators = group_id("api.operators", config.api.operators)
+    viewers = group_id("api.viewers", config.api.viewers)
+    return AccessRules(own_uid=os.geteuid(), operators=operators, viewers=viewers), operators, viewers
 
 
 def _limits(config: DaemonConfig) -> Limits:

@@ -1,8 +1,8 @@
 """Small GETs, past FastAPI.
 
 FastAPI's way to a function takes as long as all the rest of a small request together (docs/api.md, "Speed"). What is
-answered here is what the routes answer, made by the same functions; what is not plainly one of these, such as a query,
-a HEAD or a machine that is not there, goes on to FastAPI, which has the words for it.
+answered here is what the routes answer, made by the same functions; what is not plainly one of these, such as a HEAD, a
+machine that is not there or a query with a mistake, goes on to FastAPI, which has the words for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import trio
 from kvmd.api.all_counters import all_counters
 from kvmd.api.documents import host_document, machine_document, machines_document
 from kvmd.api.pages import conversions, memory_map
+from kvmd.api.problems import Problem
+from kvmd.api.queries import conversions_of_query, memory_map_of_query
 from kvmd.api.server.asgi import App, Receive, Scope, Send
 from kvmd.api.services import API_PREFIX, Services
 from kvmd.errors import KvmdError
@@ -39,6 +41,12 @@ _OF_ONE: Mapping[str, Callable[[Fleet, str], Awaitable[object]]] = {
     "memory/map": memory_map,
 }
 """What is answered of one machine, by what follows its name."""
+
+_OF_ONE_BY_QUERY: Mapping[str, Callable[[Fleet, str, bytes], Awaitable[object]]] = {
+    "conversions": conversions_of_query,
+    "memory/map": memory_map_of_query,
+}
+"""The same where there is a query: None for one that FastAPI is to answer."""
 
 
 class Direct:
@@ -72,8 +80,8 @@ class Direct:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass it on."""
         document = None
-        if scope["method"] == "GET" and not scope["query_string"]:
-            document = await self._answer(scope["path"])
+        if scope["method"] == "GET":
+            document = await self._answer(scope["path"], scope["query_string"])
         if document is None:
             await self._app(scope, receive, send)
             return
@@ -82,18 +90,21 @@ class Direct:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _answer(self, path: str) -> object:
+    async def _answer(self, path: str, query: bytes) -> object:
         """Return what a resource says, or None where FastAPI has to say it."""
         get = self._resources.get(path)
         if get is not None:
-            return await get()
+            return None if query else await get()
         if path.startswith(_ONE):
             name, _, part = path[len(_ONE) :].partition("/")
-            answer = _OF_ONE.get(part)
-            # A path that ends with a slash is another one.
-            if answer is not None and (part or not path.endswith("/")):
-                try:
+            try:
+                if query:
+                    asked = _OF_ONE_BY_QUERY.get(part)
+                    return None if asked is None else await asked(self._fleet, name, query)
+                answer = _OF_ONE.get(part)
+                # A path that ends with a slash is another one.
+                if answer is not None and (part or not path.endswith("/")):
                     return await answer(self._fleet, name)
-                except KvmdError:
-                    await trio.lowlevel.checkpoint()
+            except (KvmdError, Problem):
+                await trio.lowlevel.checkpoint()
         return None

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from kvmd import __version__
 from kvmd.api.models import HostFacts
-from kvmd.fleet.base import MachineEnd, MachineInfo
+from kvmd.fleet.base import Balloon, MachineEnd, MachineInfo
 from kvmd.guests import GUESTS
 from kvmd.log import iso_time
 from kvmd.spec import BUILTIN_PREFIX, MachineSpec
@@ -34,6 +34,16 @@ def machine_document(info: MachineInfo) -> dict[str, object]:
         "pid": info.pid,
         "facts": info.facts,
         "end": None if info.end is None else _end(info.end),
+    }
+
+
+def balloon_document(balloon: Balloon) -> dict[str, int]:
+    """Return what memory a guest does without."""
+    return {
+        "target": balloon.target_bytes,
+        "actual": balloon.actual_bytes,
+        "given_back": balloon.given_back_bytes,
+        "held": balloon.held_bytes,
     }
 
 
@@ -76,6 +86,8 @@ def _spec(spec: MachineSpec) -> dict[str, object]:
         "networks": [network.bridge or network.kind for network in spec.networks],
         "entropy": spec.kernel is not None and spec.entropy,
         "balloon": spec.balloon,
+        "balloon_target": spec.balloon_target,
+        "agent": spec.agent,
         "limits": {"memory": spec.limits.memory, "cpus": spec.limits.cpus, "tasks": spec.limits.tasks},
     }
 

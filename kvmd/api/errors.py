@@ -14,12 +14,14 @@ from kvmd.api.problems import MEDIA_TYPE, Problem, ProblemType, of_status
 from kvmd.errors import (
     BackendError,
     ConfigError,
+    DeviceInUse,
     HostError,
     ImageError,
     KvmdError,
     MachineExists,
     MachineSilent,
     MachineStateError,
+    NoSuchDevice,
     UnknownMachine,
 )
 from kvmd.memory.accessor import PrivateMemory
@@ -35,6 +37,8 @@ _PLAIN: tuple[tuple[type[KvmdError], ProblemType], ...] = (
     (HostError, ProblemType.HOST_LACKS),
     (BackendError, ProblemType.BACKEND_FAILED),
     (MachineSilent, ProblemType.MACHINE_SILENT),
+    (NoSuchDevice, ProblemType.NO_SUCH_DEVICE),
+    (DeviceInUse, ProblemType.DEVICE_IN_USE),
 )
 
 

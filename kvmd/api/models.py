@@ -11,7 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import MachineState
 from kvmd.network.spec import ADDRESSES_LIMIT, MTU_LEAST, MTU_MOST, NETWORKS_LIMIT
-from kvmd.spec import ARGUMENT_LIMIT, BUILTIN_PREFIX, DISKS_LIMIT, NAME_PATTERN, TASKS_LIMIT, VCPU_LIMIT
+from kvmd.spec import (
+    AGENT_LIMIT,
+    ARGUMENT_LIMIT,
+    BUILTIN_PREFIX,
+    DISKS_LIMIT,
+    NAME_PATTERN,
+    TASKS_LIMIT,
+    VCPU_LIMIT,
+)
 
 SIZE_PATTERN = "^[0-9]{1,15}[KMGT]?$"
 
@@ -101,6 +109,12 @@ class MachineRequest(Request):
     networks: Annotated[list[NetworkRequest], Field(max_length=NETWORKS_LIMIT)] | None = None
     entropy: bool | None = None
     balloon: bool | None = None
+    balloon_target: Size | None = Field(default=None, description="what the guest is to do without from the start")
+    agent: Annotated[str, Field(max_length=AGENT_LIMIT)] | None = Field(
+        default=None,
+        description="of Linux, the name of a port: a program in the guest opens `/dev/virtio-ports/NAME`",
+        examples=["org.qemu.guest_agent.0"],
+    )
     name: Name | None = Field(default=None, description="by default made of the image's")
     vcpus: Annotated[int, Field(ge=1, le=VCPU_LIMIT)] | None = None
     memory: Size | None = None
@@ -154,6 +168,8 @@ class Spec(Answer):
     networks: list[str]
     entropy: bool
     balloon: bool
+    balloon_target: int
+    agent: str = Field(description="the name of the agent's port; empty where there is none")
     limits: Limits
 
 
@@ -192,6 +208,26 @@ class Waited(Answer):
 
     reached: bool = Field(description="false where the time was over first")
     machine: Machine
+
+
+# -- a guest's devices -------------------------------------------------------------------------------------------------
+
+
+class BalloonRequest(Request):
+    """What a guest is asked to do without."""
+
+    target: Size = Field(description="in whole pages, less than the machine's memory")
+
+
+class Balloon(Answer):
+    """Memory that a guest does without; bytes."""
+
+    target: int = Field(description="what it is asked for")
+    actual: int = Field(description="what it says that it does without")
+    given_back: int = Field(
+        description="what the host has taken back so far: of the balloon, and of pages that were reported as free"
+    )
+    held: int = Field(description="what the guest's memory takes up of the host's now")
 
 
 # -- memory and conversions --------------------------------------------------------------------------------------------
@@ -329,6 +365,7 @@ class HostFacts(Answer):
     tripwires: list[str] = []
     protections: dict[str, Usable] = {}
     auto: str | None = None
+    networks: dict[str, Usable] = Field(default={}, description="of Linux guests: `bridges`, `namespaces`")
     max_vcpus: int = 0
     recommended_vcpus: int = 0
     memslots: int = 0

@@ -39,9 +39,9 @@ class ServerFigures:
     refused: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Services:
-    """What the routes stand on.
+    """What the routes stand on: what operators may give to guests is looked up at each request, and may change.
 
     Attributes:
         fleet: the machines.

@@ -14,7 +14,7 @@ import trio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kvmd.api.server.asgi import DRAINING
+from kvmd.api.server.asgi import DRAINING, HUNG_UP
 from kvmd.errors import MachineStateError
 from kvmd.fleet.base import Console
 
@@ -118,10 +118,12 @@ class Streaming(Response, Generic[Items, T]):
 
 
 class ConsoleConnection(Response):
-    """A console on an upgraded connection: what the client sends is typed, what the guest prints comes back.
+    """A console, or an agent, on an upgraded connection: what the client sends goes there, what comes back is sent.
+
+    A client that hangs up is noticed also while the guest does not take what it has sent.
 
     Args:
-        opened: attaches to the console.
+        opened: attaches to the console or the agent.
         protocol: the name that both sides agreed on.
     """
 
@@ -137,6 +139,7 @@ class ConsoleConnection(Response):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when_draining, scope, nursery.cancel_scope)
                 nursery.start_soon(_type, console, receive, nursery.cancel_scope)
+                nursery.start_soon(_cancel_when_hung_up, scope, nursery.cancel_scope)
                 while data := await console.receive():
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                 nursery.cancel_scope.cancel()
@@ -163,6 +166,11 @@ async def cancel_when_over(scope: Scope, receive: Receive, cancel_scope: trio.Ca
 
 async def _cancel_when_draining(scope: Scope, cancel_scope: trio.CancelScope) -> None:
     await scope["extensions"][DRAINING].wait()
+    cancel_scope.cancel()
+
+
+async def _cancel_when_hung_up(scope: Scope, cancel_scope: trio.CancelScope) -> None:
+    await scope["extensions"][HUNG_UP]()
     cancel_scope.cancel()
 
 

@@ -50,10 +50,13 @@ _TARGETS = {
     "GET its counters": f"{_ONE}/counters".encode(),
     "GET its memory map": f"{_ONE}/memory/map".encode(),
     "GET its conversions, one there": f"{_ONE}/conversions".encode(),
+    "GET its conversions?limit=1&to=shared": f"{_ONE}/conversions?limit=1&to=shared".encode(),
 }
 """Small GETs, and what each asks for."""
 
-_QUERIES = {"GET its conversions?limit=1, through FastAPI": f"{_ONE}/conversions?limit=1".encode()}
+_BESIDES = {"GET its conversions?limit=1&limit=1, through FastAPI": f"{_ONE}/conversions?limit=1&limit=1".encode()}
+"""What is measured without a target."""
+
 _BODY = b"x" * 700
 """About what a machine's answer has."""
 
@@ -94,7 +97,7 @@ def measure(options: Options) -> Report:
             (
                 (_serve_echo, {_ECHO: b"/"}),
                 (_serve_plain, {"this server, an app that does nothing": b"/"}),
-                (_serve_api, {**_TARGETS, **_QUERIES}),
+                (_serve_api, {**_TARGETS, **_BESIDES}),
             )
         ):
             address = folder / str(number)

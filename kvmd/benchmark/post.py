@@ -22,40 +22,63 @@ from pathlib import Path
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
 from kvmd.benchmark.qemu import qemu_start
 from kvmd.benchmark.runs import require_kvm
+from kvmd.benchmark.waiting import SERVING
 
 TARGET = 1.5
 """What it may take at most, in starts of QEMU."""
 
-_POST = "POST, start, first output"
+_POST = "POST, start, first output: a fork"
+_WAITING = "POST, start, first output: a process that waited"
 _QEMU = "qemu -M microvm, first output"
 _SECONDS = 30
+_IMPORTS_SECONDS = 1.5
+"""What the process that takes the place of one which became a machine has for its imports."""
 
 
 def measure(options: Options) -> Report:
     """Measure both in turns."""
     require_kvm()
     report = Report("post", "a machine over HTTP, from its POST to the guest's first output")
-    with tempfile.TemporaryDirectory() as name, daemon(Path(name)) as path:
-        client = Client(path)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        tempfile.TemporaryDirectory() as other,
+        daemon(Path(name)) as path,
+        _daemon_with_pool(Path(other)) as other_path,
+    ):
+        client, waited = Client(path), Client(other_path)
         client.first_output()  # the first one waits for the machines' parent to import everything
-        things: dict[str, Callable[[], float]] = {_POST: client.first_output}
+        things: dict[str, Callable[[], float]] = {
+            _POST: client.first_output,
+            _WAITING: lambda: waited.first_output(after_seconds=_IMPORTS_SECONDS),
+        }
         qemu = qemu_start()
         if qemu is not None:
             qemu()
             things[_QEMU] = qemu
         series = take_turns(things, rounds=options.rounds(30), unit="ms")
-        report.facts.append(Fact(Series("of which creating", "ms", tuple(client.created[2:]))))
-    if qemu is not None:
-        report.ratios.append(Ratio(series[_POST], series[_QEMU], TARGET))
-    else:
-        report.facts.append(Fact(series[_POST]))
+        report.facts.append(Fact(Series("of which creating, a fork", "ms", tuple(client.created[2:]))))
+        report.facts.append(Fact(Series("of which creating, a process that waited", "ms", tuple(waited.created[1:]))))
+    for label in (_POST, _WAITING):
+        if qemu is not None:
+            report.ratios.append(Ratio(series[label], series[_QEMU], TARGET))
+        else:
+            report.facts.append(Fact(series[label]))
+    if qemu is None:
         report.notes.append("QEMU, a compiler or objcopy is not there")
     report.notes.append(
         "both guests print through a 16550 at once, QEMU's from its reset vector, kvmd's (builtin:hello, 64 MiB) after "
         "its start-up code, so the first output comes some milliseconds after the first instruction; kvmd was told to "
-        "create, start and show a console in three requests, its daemon ran already; QEMU is timed from its exec"
+        "create, start and show a console in three requests, its daemon ran already; QEMU is timed from its exec. A "
+        "fork: without systemd; a process that waited: as in a unit of systemd's, which started it before the POST"
     )
     return report
+
+
+@contextmanager
+def _daemon_with_pool(folder: Path) -> Iterator[Path]:
+    """Run a daemon with processes that wait in a folder until the block ends; yield the path of its API."""
+    with _running([sys.executable, "-m", "kvmd.benchmark.waiting", str(folder)], SERVING):
+        yield folder / "api"
 
 
 @contextmanager
@@ -65,13 +88,20 @@ def daemon(folder: Path) -> Iterator[Path]:
     config = folder / "kvmd.toml"
     config.write_text(f'[api]\nsocket = "{path}"\n', encoding="utf-8")
     command = [sys.executable, "-m", "kvmd", "daemon", "--config", str(config), "--state", str(folder / "state")]
-    with subprocess.Popen([*command, "--stop-machines", "--log-format", "json"], stderr=subprocess.PIPE) as process:
+    with _running([*command, "--stop-machines", "--log-format", "json"], b"api-serving"):
+        yield path
+
+
+@contextmanager
+def _running(command: list[str], serving: bytes) -> Iterator[None]:
+    """Run a daemon until the block ends, which begins when that says that it serves."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None  # noqa: S101 - it is a pipe
         try:
-            while b"api-serving" not in (line := process.stderr.readline()):
+            while serving not in (line := process.stderr.readline()):
                 if not line:
                     raise CannotMeasure("the daemon did not start")
-            yield path
+            yield
         finally:
             process.send_signal(signal.SIGTERM)
             process.stderr.read()
@@ -91,8 +121,12 @@ class Client:
             answer = _ask(connection, "POST", "/v1/machines", {"image": "builtin:hello", "name": name})
         return int(json.loads(answer)["pid"])
 
-    def first_output(self, then: Callable[[], None] | None = None) -> float:
-        """Return the milliseconds from a machine's POST to its guest's first output; call ``then`` at that moment."""
+    def first_output(self, then: Callable[[], None] | None = None, *, after_seconds: float = 0) -> float:
+        """Return the milliseconds from a machine's POST to its guest's first output; call ``then`` at that moment.
+
+        It begins after some seconds, in which processes that are to wait can start.
+        """
+        time.sleep(after_seconds)
         name = f"post-{next(self._numbers)}"
         machine = f"/v1/machines/{name}"
         with self._connected() as asking, self._connected() as watching:

@@ -6,10 +6,11 @@ import json
 
 import click
 
-from kvmd.cli.host_report import as_json, as_text, report_of, without_kvm_json, without_kvm_text
+from kvmd.cli.host_report import as_json, as_text, networks_json, report_of, without_kvm_json, without_kvm_text
 from kvmd.errors import HostError
 from kvmd.kvm.capabilities import probe
 from kvmd.kvm.system import Kvm
+from kvmd.network.availability import missing_for_bridges, missing_for_namespaces
 from kvmd.software.availability import missing_emulator
 from kvmd.stop import ExitStatus
 
@@ -19,6 +20,7 @@ from kvmd.stop import ExitStatus
 def check(*, wants_json: bool) -> int:
     """Say what this host can do, which capabilities it lacks, and what each of those costs."""
     software = missing_emulator()
+    networks = _networks()
     try:
         with Kvm.open() as kvm:
             report = report_of(probe(kvm))
@@ -26,13 +28,17 @@ def check(*, wants_json: bool) -> int:
         problem = str(error)
         usable = software is None
         print(
-            json.dumps(without_kvm_json(problem, software), indent=2)
+            json.dumps(without_kvm_json(problem, software) | networks_json(networks), indent=2)
             if wants_json
             else without_kvm_text(problem, software)
         )
     else:
         usable = report.usable or software is None
-        print(json.dumps(as_json(report, software), indent=2) if wants_json else as_text(report, software))
+        print(
+            json.dumps(as_json(report, software) | networks_json(networks), indent=2)
+            if wants_json
+            else as_text(report, software, networks)
+        )
     return 0 if usable else ExitStatus.HOST
 
 
@@ -41,6 +47,10 @@ def host_facts() -> dict[str, object]:
     software = missing_emulator()
     try:
         with Kvm.open() as kvm:
-            return as_json(report_of(probe(kvm)), software)
+            return as_json(report_of(probe(kvm)), software) | networks_json(_networks())
     except HostError as error:
         return without_kvm_json(str(error), software)
+
+
+def _networks() -> dict[str, str | None]:
+    return {"bridges": missing_for_bridges(), "namespaces": missing_for_namespaces()}

@@ -104,13 +104,14 @@ def daemon(
         pool = _pool(settings.machines)
         serving = _Serving(settings, manager)
 
-        def apply(changed: DaemonConfig) -> None:
+        def apply(changed: DaemonConfig) -> Sequence[str]:
             if not level_given:
                 configure_log(level=changed.log.level)
             if pool is not None:
                 pool.set_spare(changed.machines.waiting)
+            return ()
 
-        reloader = Reloader(config, settings, manager, (apply, serving.reconfigure))
+        reloader = Reloader(config, settings, manager, (serving.reconfigure, apply))
         folder = state.absolute()
 
         async def run() -> None:
@@ -151,11 +152,15 @@ class _Serving:
         self._log = structlog.get_logger("kvmd.daemon")
         self._api: ControlApi | None = None
 
-    def reconfigure(self, config: DaemonConfig) -> None:
-        """Take over what can change while it serves."""
+    def reconfigure(self, config: DaemonConfig) -> Sequence[str]:
+        """Take over what can change while it serves, and return the keys that want a restart.
+
+        Raises:
+            KvmdError: as ``ControlApi.reconfigure`` does.
+        """
+        waiting = () if self._api is None else self._api.reconfigure(config)
         self._config = config
-        if self._api is not None:
-            self._api.reconfigure(config)
+        return waiting
 
     async def serve(self, fleet: LocalFleet, ending: trio.Event) -> None:
         """Serve until the event is set, and drain."""

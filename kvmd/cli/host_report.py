@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmd.kvm import uapi
@@ -159,8 +159,26 @@ def _software_line(problem: str | None) -> str:
     return f"  software CPU   {problem or 'works'}"
 
 
-def as_text(report: HostReport, software: str | None = None) -> str:
-    """Return the report for a person, in lines of at most 79 columns where names allow; see ``as_json``."""
+def networks_json(networks: Mapping[str, str | None]) -> dict[str, object]:
+    """Return what of Linux guests' networks works, as plain data.
+
+    Args:
+        networks: ``bridges`` and ``namespaces``: None where it works here, else why not.
+    """
+    found = {name: {"usable": problem is None, "problem": problem} for name, problem in networks.items()}
+    return {"networks": found}
+
+
+def as_text(report: HostReport, software: str | None = None, networks: Mapping[str, str | None] | None = None) -> str:
+    """Return the report for a person, in lines of at most 79 columns where names allow; see ``as_json``.
+
+    Args:
+        report: of this host's KVM.
+        software: why the software CPU cannot be used; None where it can.
+        networks: see ``networks_json``.
+    """
+    networks = networks or {}
+    usable_networks = [name for name, problem in networks.items() if problem is None]
     working = [name for name, problem in report.protections.items() if problem is None]
     lines = [
         _verdict(report.usable or software is None),
@@ -172,6 +190,8 @@ def as_text(report: HostReport, software: str | None = None) -> str:
         f"  protection     {', '.join(working) or 'none works here'}"
         + (f"   (auto takes {report.strongest})" if report.strongest else ""),
         *(f"  {'':14} {name}: {problem}" for name, problem in report.protections.items() if problem),
+        *([f"  networks       {', '.join(usable_networks) or 'none works here'}"] if networks else []),
+        *(f"  {'':14} {name}: {problem}" for name, problem in networks.items() if problem),
         f"  vCPUs          up to {report.vcpus[0]}, {report.vcpus[1]} recommended",
         f"  memslots       {report.memslots}",
         "",

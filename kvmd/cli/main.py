@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from kvmd import __version__
-from kvmd.cli.startup import import_structlog_without_rich, open_standard_files
+from kvmd.cli.startup import import_lazily, import_structlog_without_rich, open_standard_files
 from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
 from kvmd.lazy_group import LazyGroup
 from kvmd.stop import ExitStatus
@@ -37,6 +37,7 @@ class _Commands(LazyGroup):
     summaries = COMMANDS
 
     def find(self, name: str) -> object:
+        import_lazily()
         import_structlog_without_rich()
         name = name.replace("-", "_")
         return getattr(importlib.import_module(f"kvmd.cli.{name}"), name)

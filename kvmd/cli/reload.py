@@ -10,7 +10,7 @@ import structlog
 import trio
 
 from kvmd.daemon_config import DaemonConfig, load_daemon_config, need_restart
-from kvmd.errors import ConfigError
+from kvmd.errors import KvmdError
 from kvmd.service_manager import ServiceManager
 
 
@@ -21,7 +21,8 @@ class Reloader:
         path: the configuration's file; without one there is nothing to read again.
         config: what it said at the start.
         manager: told when a reload begins, and when it is done.
-        apply: called with what the file says now, in order.
+        apply: called with what the file says now, in order; each returns the keys that it could not take over. The
+            first may raise KvmdError where what it says cannot be, and changes nothing then.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Reloader:
         path: Path | None,
         config: DaemonConfig,
         manager: ServiceManager,
-        apply: Sequence[Callable[[DaemonConfig], None]],
+        apply: Sequence[Callable[[DaemonConfig], Sequence[str]]],
     ) -> None:
         self._path = path
         self._started_with = config
@@ -49,13 +50,13 @@ class Reloader:
         self._manager.reloading()
         try:
             config = DaemonConfig() if self._path is None else load_daemon_config(self._path)
-        except ConfigError as error:
+            waiting = need_restart(self._started_with, config)
+            for apply in self._apply:
+                waiting += apply(config)
+        except KvmdError as error:
             self._log.error("configuration-not-reloaded", problem=str(error), consequence="it stays as it was")
             self._manager.ready(f"configuration not reloaded: {error}")
             return
-        for apply in self._apply:
-            apply(config)
-        waiting = need_restart(self._started_with, config)
         if waiting:
             self._log.warning("restart-needed", keys=waiting, consequence="the rest is in force")
         self._log.info("configuration-reloaded", file=None if self._path is None else str(self._path))

@@ -119,6 +119,10 @@ class Client:
         """
         return self._ask("POST", target, query, body=body, files=files, seconds=seconds)
 
+    def put(self, target: str, body: object) -> Any:
+        """Change a resource, and return what it is then."""
+        return self._ask("PUT", target, body=body)
+
     def delete(self, target: str) -> None:
         """Remove a resource."""
         self._ask("DELETE", target)

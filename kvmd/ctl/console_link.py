@@ -21,6 +21,8 @@ class Ended(enum.Enum):
 
     DETACHED = "detached"
     """The detach key was typed, or the terminal went away."""
+    QUIET = "quiet"
+    """All was typed, and nothing came any more."""
     OTHER_SIDE = "other-side"
     """The daemon closed it: the machine has ended, or kvmd stops."""
 
@@ -35,6 +37,7 @@ class ConsoleLink:
             typed beyond a bound is dropped with a bell. Otherwise no more is read meanwhile.
         show: shows what the guest prints.
         detach: the byte of the detach key.
+        quiet_seconds: after all was typed, how long nothing may come; None for ever.
     """
 
     def __init__(
@@ -44,13 +47,15 @@ class ConsoleLink:
         *,
         is_terminal: bool,
         show: Callable[[bytes], None],
-        detach: bytes,
+        detach: bytes = b"",
+        quiet_seconds: float | None = None,
     ) -> None:
         self._connection = connection
         self._keyboard: int | None = keyboard
         self._is_terminal = is_terminal
         self._show = show
         self._detach = detach
+        self._quiet_seconds = quiet_seconds
         self._ahead = bytearray()
 
     def run(self) -> Ended:
@@ -65,7 +70,10 @@ class ConsoleLink:
             poll.register(self._connection, select.POLLIN | writing)
             if self._keyboard is not None and (self._is_terminal or len(self._ahead) < _AHEAD_LIMIT):
                 poll.register(self._keyboard, select.POLLIN)
-            ready = dict(poll.poll())
+            over = self._quiet_seconds is not None and self._keyboard is None and not self._ahead
+            ready = dict(poll.poll(self._quiet_seconds * 1000 if over and self._quiet_seconds is not None else None))
+            if not ready:
+                return Ended.QUIET
             if self._keyboard in ready and not self._type():
                 return Ended.DETACHED
             if ready.get(self._connection.fileno(), 0) & ~select.POLLOUT and not self._print():

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from kvmd.ctl.answers import number, objects
+from kvmd.ctl.answers import number, objects, text
 
 HOTTEST_SHOWN = 5
-_HOT_KEPT = 256
 LATENCIES = ("waiting_us", "applying_us", "discarding_us")
 
 
@@ -31,11 +30,6 @@ class Counted(NamedTuple):
     private_bytes: int
     latencies: tuple[tuple[float, float], ...]
     lost: int
-
-    @property
-    def requests(self) -> int:
-        """All requests: about the number of the last one."""
-        return self.to_shared + self.to_private + self.other + self.lost
 
 
 class Row(NamedTuple):
@@ -79,13 +73,26 @@ class Hot(NamedTuple):
         machine: whose.
         gpa: its start, as the daemon writes it.
         size_bytes: of it.
-        times: how often, among the conversions that were looked at; those of earlier looks count less and less.
+        times: how often since its machine's start: kvmd counts every conversion, and says by how much this may be too
+            high (``kvmd.conversion.hottest``).
+        per_second: how much of it a second, since the moment before.
     """
 
     machine: str
     gpa: str
     size_bytes: int
-    times: float
+    times: int
+    per_second: float
+
+    def document(self) -> dict[str, object]:
+        """Return it for programs."""
+        return {
+            "machine": self.machine,
+            "gpa": self.gpa,
+            "size": self.size_bytes,
+            "count": self.times,
+            "per_second": round(self.per_second, 3),
+        }
 
 
 def counted(answer: dict[str, Any]) -> Counted:
@@ -157,24 +164,40 @@ class Rates:
 
 
 class HotPages:
-    """Counts which ranges are converted most; what is long ago weighs less."""
+    """Which of the ranges that machines name as their hottest are converted most now, look by look."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str, int], float] = {}
+        self._before: dict[tuple[str, str, int], tuple[float, int]] = {}
+        self._found: list[Hot] = []
 
-    def age(self) -> None:
-        """Let all that was counted weigh half, and forget the least."""
-        kept = sorted(self._counts.items(), key=lambda item: -item[1])[:_HOT_KEPT]
-        self._counts = {key: count / 2 for key, count in kept if count > 1 / 8}
+    def begin(self) -> None:
+        """Begin the next look."""
+        found, self._found = self._found, []
+        kept = {(hot.machine, hot.gpa, hot.size_bytes) for hot in found}
+        self._before = {key: before for key, before in self._before.items() if key in kept}
 
-    def add(self, machine: str, records: Iterable[dict[str, Any]]) -> None:
-        """Count conversions."""
-        for record in records:
-            if record.get("outcome") == "converted" and isinstance(record.get("size"), int):
-                key = machine, str(record.get("gpa")), int(record["size"])
-                self._counts[key] = self._counts.get(key, 0) + 1
+    def add(self, machine: str, now: float, answer: dict[str, Any]) -> None:
+        """Take what a machine's counters say of its hottest ranges.
+
+        Args:
+            machine: its name.
+            now: seconds of a clock that only goes on.
+            answer: its counters.
+
+        Raises:
+            NotKvmd: they are none.
+        """
+        for range_ in objects(answer, "hottest"):
+            key = machine, text(range_, "gpa"), number(range_, "size")
+            count = number(range_, "count")
+            then, earlier = self._before.get(key, (now, count))
+            self._before[key] = now, count
+            # A machine that was made anew under an old one's name begins at 0 again.
+            grown = max(0, count - earlier) / (now - then) if now > then else 0.0
+            self._found.append(Hot(*key, count, grown))
 
     def hottest(self) -> list[Hot]:
-        """Return the first few, hottest first."""
-        found = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))[:HOTTEST_SHOWN]
-        return [Hot(*key, count) for key, count in found]
+        """Return the first few: those that grew most since the look before, and then those that were converted most."""
+        return sorted(self._found, key=lambda hot: (-hot.per_second, -hot.times, hot.machine, int(hot.gpa, 0)))[
+            :HOTTEST_SHOWN
+        ]

@@ -134,7 +134,8 @@ def _loaded(path: Path) -> dict[str, object]:
     except ConfigError as error:
         raise Mistake(shown(error)) from error
     try:
-        _sizes_in_bytes(document, "memory")
+        for key in ("memory", "balloon_target"):
+            _sizes_in_bytes(document, key)
         conversion = document.get("conversion")
         if isinstance(conversion, dict):
             _sizes_in_bytes(conversion, "chunk")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kvmd.ctl.figures import Row
+from kvmd.ctl.figures import Hot, Row
 from kvmd.ctl.text import columns, cut, shown
 from kvmd.ctl.watching import Look
 from kvmd.units import format_size
@@ -26,6 +26,8 @@ _HEADING = (
     "DISCARD",
 )
 _RIGHT = frozenset(range(2, len(_HEADING)))
+_HOT_HEADING = ("HOTTEST", "GPA", "SIZE", "CONVERSIONS/s", "SINCE ITS START")
+_HOT_RIGHT = frozenset({2, 3, 4})
 _TOTAL = "all"
 _CAPTION = "latencies in microseconds, median / 99 %; OTHER changed nothing"
 
@@ -34,8 +36,7 @@ def as_text(look: Look) -> str:
     """Return a look as lines."""
     parts = [columns(_HEADING, _cells(look), right=_RIGHT)]
     if look.hottest:
-        hottest = ((hot.machine, hot.gpa, format_size(hot.size_bytes), f"{hot.times:.0f}") for hot in look.hottest)
-        parts.append(columns(("HOTTEST", "GPA", "SIZE", "SEEN"), hottest, right=frozenset({3})))
+        parts.append(columns(_HOT_HEADING, map(_hot, look.hottest), right=_HOT_RIGHT))
     return "\n\n".join(parts)
 
 
@@ -58,17 +59,16 @@ def as_screen(look: Look, message: str) -> RenderableType:
         style = "dim" if cells[1] == "stopped" else "bold" if cells[0] == _TOTAL and not cells[1] else ""
         # Text, and not markup: a name may have brackets.
         table.add_row(*(Text(cut(shown(cell))) for cell in cells), style=style)
-    hottest = Table(box=None, pad_edge=False, show_edge=False, show_header=False)
-    for justify in ("left", "left", "right", "right"):
-        hottest.add_column(justify=justify)
+    hottest = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+    for at, heading in enumerate(_HOT_HEADING):
+        hottest.add_column(heading, justify="right" if at in _HOT_RIGHT else "left", no_wrap=True)
     for hot in look.hottest:
-        page = [hot.machine, hot.gpa, format_size(hot.size_bytes), f"{hot.times:.0f}"]
-        hottest.add_row(*(Text(cut(shown(cell))) for cell in page))
+        hottest.add_row(*(Text(cut(shown(cell))) for cell in _hot(hot)))
     head = Text(
         message or "kvmctl top: q ends it", style="red" if message else "dim", no_wrap=True, overflow="ellipsis"
     )
     parts: list[RenderableType] = [head, Text(), table, Text(_CAPTION, style="dim"), Text()]
-    return Group(*parts, Text("hottest pages, of late", style="bold"), hottest) if look.hottest else Group(*parts)
+    return Group(*parts, hottest) if look.hottest else Group(*parts)
 
 
 def _cells(look: Look) -> Iterable[tuple[str, ...]]:
@@ -93,6 +93,10 @@ def _row(row: Row) -> tuple[str, ...]:
     rates = map(_rate, (row.to_shared, row.to_private, row.other))
     sizes = map(format_size, (found.shared_bytes, found.private_bytes))
     return (row.name, row.state, *rates, *sizes, *latencies)
+
+
+def _hot(hot: Hot) -> tuple[str, ...]:
+    return (hot.machine, hot.gpa, format_size(hot.size_bytes), _rate(hot.per_second), f"{hot.times:,}")
 
 
 def _rate(value: float) -> str:

@@ -89,6 +89,22 @@ class OutputPart(msgspec.Struct, frozen=True):
         return self.start + len(self.data)
 
 
+class Balloon(msgspec.Struct, frozen=True):
+    """Memory that a guest does without.
+
+    Attributes:
+        target_bytes: what it is asked for.
+        actual_bytes: what it says that it does without.
+        given_back_bytes: what the host has taken back so far: of the balloon, and of pages that were reported as free.
+        held_bytes: what the guest's memory takes up of the host's now.
+    """
+
+    target_bytes: int
+    actual_bytes: int
+    given_back_bytes: int
+    held_bytes: int
+
+
 class MachineInfo(msgspec.Struct, frozen=True):
     """One machine as it is now.
 
@@ -152,7 +168,7 @@ class EventStream(Protocol):
 
 
 class Console(Protocol):
-    """A connection to a machine's console, both ways."""
+    """A connection to a machine's console, or to the agent in its guest, both ways."""
 
     async def receive(self) -> bytes:
         """Return the next output; empty at the machine's end."""
@@ -214,6 +230,21 @@ class Fleet(Protocol):
         Who asks while another waits sees the same end; who asks later, MachineStateError.
         """
 
+    async def press_power_button(self, name: str) -> MachineInfo:
+        """Ask a running machine's guest to shut down, and do not wait for what it does.
+
+        Raises NoSuchDevice where there is no button.
+        """
+
+    async def balloon(self, name: str) -> Balloon:
+        """Return what memory a guest does without. Raises NoSuchDevice where there is no balloon."""
+
+    async def set_balloon(self, name: str, target_bytes: int) -> Balloon:
+        """Ask a guest to do without so much memory; it takes its time, and may not.
+
+        Raises NoSuchDevice where there is no balloon, ValueError where the target is impossible.
+        """
+
     async def kill(self, name: str) -> MachineInfo:
         """End a machine's process at once, whatever state it is in but stopped."""
 
@@ -251,6 +282,14 @@ class Fleet(Protocol):
 
     def console(self, name: str) -> AbstractAsyncContextManager[Console]:
         """Attach to a machine's console: what it printed lately comes first."""
+
+    def agent(self, name: str) -> AbstractAsyncContextManager[Console]:
+        """Talk to the program in a machine's guest that has its port; nobody else does meanwhile.
+
+        Raises (on entering):
+            NoSuchDevice: the machine has no port for an agent.
+            DeviceInUse: somebody else talks to it.
+        """
 
     def console_output(
         self, name: str, *, start: int = 0, follow: bool = True

@@ -12,9 +12,11 @@ import trio
 
 from kvmd.errors import HostError, MachineExists, MachineSilent, MachineStateError, UnknownMachine
 from kvmd.fleet import looking
+from kvmd.fleet.agent import MachineAgent
 from kvmd.fleet.all_events import AllEvents, Newcomers
 from kvmd.fleet.asking import ALIVE, ask
 from kvmd.fleet.base import (
+    Balloon,
     Console,
     Counters,
     Event,
@@ -53,6 +55,7 @@ from kvmd.machine_process.messages import (
     AskResume,
     AskStart,
     AskStop,
+    PressPowerButton,
     Request,
     Status,
 )
@@ -214,6 +217,20 @@ class LocalFleet:
         await entry.wait(lambda: entry.ended)
         return entry.info
 
+    async def press_power_button(self, name: str) -> MachineInfo:
+        """Ask a running machine's guest to shut down."""
+        entry = self._entry(name)
+        await ask(entry, "press the power button", PressPowerButton(), Status, needed="running")
+        return entry.info
+
+    async def balloon(self, name: str) -> Balloon:
+        """Return what memory a guest does without."""
+        return await looking.balloon(self._entry(name))
+
+    async def set_balloon(self, name: str, target_bytes: int) -> Balloon:
+        """Ask a guest to do without so much memory."""
+        return await looking.balloon(self._entry(name), target_bytes)
+
     async def kill(self, name: str) -> MachineInfo:
         """End a machine's process at once, whatever state it is in but stopped."""
         entry = self._entry(name)
@@ -280,6 +297,16 @@ class LocalFleet:
             yield console
         finally:
             await console.aclose()
+
+    @asynccontextmanager
+    async def agent(self, name: str) -> AsyncIterator[Console]:
+        """Talk to the program in a machine's guest that has its port."""
+        agent = MachineAgent(self._entry(name))
+        try:
+            await agent.attach()
+            yield agent
+        finally:
+            await agent.aclose()
 
     def console_output(
         self, name: str, *, start: int = 0, follow: bool = True

@@ -10,13 +10,15 @@ import trio
 from kvmd.conversion.hottest import HotRange
 from kvmd.errors import MachineStateError
 from kvmd.fleet.asking import ask
-from kvmd.fleet.base import Counters, MemoryMap
+from kvmd.fleet.base import Balloon, Counters, MemoryMap
 from kvmd.fleet.entry import Entry
 from kvmd.log import conversion_event
-from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
+from kvmd.machine_process.folder import BadFile, LastConversions
+from kvmd.machine_process.kept_conversions import conversions_left
 from kvmd.machine_process.messages import (
     READ_LIMIT,
     RECORDS_LIMIT,
+    AskBalloon,
     AskConversions,
     AskCounters,
     AskMap,
@@ -25,6 +27,7 @@ from kvmd.machine_process.messages import (
     CounterValues,
     Memory,
 )
+from kvmd.machine_process.messages import Balloon as BalloonAnswer
 from kvmd.machine_process.messages import MemoryMap as MapAnswer
 from kvmd.ranges import GpaRange, PageState
 
@@ -51,6 +54,12 @@ async def counters(entry: Entry) -> Counters:
         values = CounterValues([], 0, 0, _NO_TIMES, _NO_TIMES, _NO_TIMES, 0)
     await trio.lowlevel.checkpoint()
     return counters_of(values)
+
+
+async def balloon(entry: Entry, target_bytes: int | None = None) -> Balloon:
+    """Return what memory the guest does without, after asking it for ``target_bytes``, if any."""
+    answer = await ask(entry, "reach the balloon", AskBalloon(target_bytes), BalloonAnswer)
+    return Balloon(answer.target_bytes, answer.actual_bytes, answer.given_back_bytes, answer.held_bytes)
 
 
 def counters_of(values: CounterValues) -> Counters:
@@ -102,7 +111,7 @@ async def conversions(entry: Entry, *, since: int, limit: int) -> Sequence[dict[
         since = records[-1].sequence
     await trio.lowlevel.checkpoint()
     if entry.ended and len(found) < limit:
-        last = _left_behind(entry)
+        last = conversions_of_ended(entry)
         rest = [] if last is None else [record for record in last.records if record.sequence > since]
         found += [conversion_event(record, entry.name) for record in rest[: limit - len(found)]]
     return found
@@ -116,16 +125,16 @@ async def last_conversion(entry: Entry) -> int:
         except MachineStateError:
             pass  # it ended just now
     await trio.lowlevel.checkpoint()
-    last = _left_behind(entry)
+    last = conversions_of_ended(entry)
     return 0 if last is None else last.count
 
 
-def _left_behind(entry: Entry) -> LastConversions | None:
-    """Return the conversions that a machine which has ended left."""
+def conversions_of_ended(entry: Entry) -> LastConversions | None:
+    """Return the conversions that a machine which has ended left; None where there are none, or no file can be read."""
     if entry.deleted:
         return None
     try:
-        return entry.folder.read(LAST_CONVERSIONS, LastConversions)
-    except BadFile as error:
+        return conversions_left(entry.folder)
+    except (BadFile, OSError) as error:
         _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
         return None

@@ -11,12 +11,12 @@ import trio
 from kvmd.conversion.record import ConversionRecord
 from kvmd.fleet.base import counters_document
 from kvmd.fleet.entry import Entry
-from kvmd.fleet.looking import counters_of
+from kvmd.fleet.looking import conversions_of_ended, counters_of
 from kvmd.fleet.places import START, Place
 from kvmd.fleet.streams import AGAIN_SECONDS
 from kvmd.log import conversion_event, iso_time
 from kvmd.machine_process.client import ControlClient, HungUp
-from kvmd.machine_process.folder import LAST_CONVERSIONS, BadFile, LastConversions
+from kvmd.machine_process.folder import LastConversions
 from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.lifecycle import LifecycleEvent
 from kvmd.machine_process.messages import CounterValues, EventBatch, FollowEvents
@@ -111,10 +111,7 @@ class MachineEvents:
         self._finished = True
         steps = self._entry.steps
         last_step = steps[-1].number if steps else 0
-        try:
-            last = None if self._entry.deleted else self._entry.folder.read(LAST_CONVERSIONS, LastConversions)
-        except BadFile:
-            last = None
+        last = conversions_of_ended(self._entry)
         if self._place is None:
             self._place = Place(last_step, 0 if last is None else last.count)
         if last is None:

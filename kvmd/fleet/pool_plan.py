@@ -33,12 +33,17 @@ class PoolPlan:
         """Note that they do not want it any more, or have it."""
         self._asked -= 1
 
-    def start_one(self) -> int | None:
+    def start_one(self, *, spares: bool) -> int | None:
         """Return the number of a unit to start now, the smallest that is free; None where there are enough.
 
-        After one that was lost, until it is free, only as many are started as somebody waits for.
+        After one that was lost, until it is free, and while somebody waits for one that is not there yet, only as many
+        are started as somebody waits for.
+
+        Args:
+            spares: whether to start some that nobody waits for, too.
         """
-        wanted = (0 if self._ill else self.spare) + self._asked
+        lacking = self._asked > len(self._waiting)
+        wanted = (self.spare if spares and not self._ill and not lacking else 0) + self._asked
         if len(self._waiting) + len(self._starting) >= wanted or len(self._starting) >= self._most_starting:
             return None
         number = 1

@@ -14,9 +14,11 @@ import trio
 from kvmd.errors import KvmdError
 from kvmd.fleet.base import MachineEnd, MachineInfo, state_of
 from kvmd.fleet.entry import Entry
+from kvmd.fleet.looking import conversions_of_ended
 from kvmd.fleet.state_folder import StateFolder
 from kvmd.fleet.units import Units
 from kvmd.machine_process.client import ControlClient, HungUp
+from kvmd.machine_process.counting import counted
 from kvmd.machine_process.folder import (
     END,
     EXIT,
@@ -32,7 +34,8 @@ from kvmd.machine_process.folder import (
     start_ticks,
 )
 from kvmd.machine_process.framing import BadMessage
-from kvmd.machine_process.messages import AskInfo, Greeting, Info
+from kvmd.machine_process.kept_conversions import settle_conversions
+from kvmd.machine_process.messages import AskInfo, CounterValues, Greeting, Info
 from kvmd.machine_process.steps import Steps, read_steps
 from kvmd.spec import NAME_PATTERN
 from kvmd.stop import ExitStatus, StopReason
@@ -170,7 +173,7 @@ def conclude(entry: Entry, exit_: ExitFile | None = None) -> None:
     except BadFile as error:
         _log.error("machine-file-unusable", machine=name, problem=str(error))
     if end is None:
-        end = _violent_end(exit_, entry)
+        end = msgspec.structs.replace(_violent_end(exit_, entry), counters=_counters_left(entry))
         _write_violent_end(folder, name, end)
     try:
         steps = read_steps(folder.fd)
@@ -204,6 +207,16 @@ def _violent_end(exit_: ExitFile | None, entry: Entry) -> EndFile:
         most = entry.info.spec.limits.memory
         message += f": limits.memory is {format_size(most)}" if most is not None else ": the host's, it has no limit"
     return EndFile(reason, message, _SIGNALLED + number if number is not None else status or 0, number, wall_ns)
+
+
+def _counters_left(entry: Entry) -> CounterValues | None:
+    """Return what a machine that ended violently is known to have done."""
+    try:
+        left = settle_conversions(entry.folder)
+    except (BadFile, OSError) as error:
+        _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
+        left = conversions_of_ended(entry)
+    return None if left is None else counted(left)
 
 
 def _write_violent_end(folder: MachineFolder, name: str, end: EndFile) -> None:

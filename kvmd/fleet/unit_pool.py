@@ -9,6 +9,7 @@ does nothing to it. Those that still wait end with the daemon, since the next on
 from __future__ import annotations
 
 import array
+import math
 import os
 import socket
 import struct
@@ -32,11 +33,16 @@ _BACKLOG = 128
 _PEER = struct.Struct("iii")
 """struct ucred: pid, uid, gid (unix(7))."""
 
-_COME_SECONDS = 120.0
-"""How long a process may take from its unit's start to its first word; systemd has a shorter patience of its own."""
+_COME_SECONDS = 600.0
+"""How long a process may take from its unit's start to its first word. The unit's own TimeoutStartSec= is what counts;
+this is for a systemd that does not answer."""
 
 _AGAIN_SECONDS = 5.0
 """After a unit that did not start, or ended while it waited, before another is started that nobody has asked for."""
+
+_REFILL_SECONDS = 0.5
+"""From a creation to the start of the process that waits in the place of the one it took: the imports of that one would
+take the processors from the new machine, just while somebody waits for its first instruction."""
 
 _TRIES = 3
 _SAY_SECONDS = 10.0
@@ -61,6 +67,7 @@ class UnitPool:
         self._came: dict[int, trio.Event] = {}
         self._failed: HostError | None = None
         self._failures = 0
+        self._refill_at = -math.inf
         self._changed = trio.Event()
         self._nursery: trio.Nursery | None = None
 
@@ -154,6 +161,8 @@ class UnitPool:
             while True:
                 number = self._plan.take()
                 if number is not None:
+                    if self._refill_at == -math.inf:
+                        self._refill_at = trio.current_time() + _REFILL_SECONDS
                     self._wake()
                     connection = self._connected[number]
                     connection.watched.cancel()
@@ -174,9 +183,14 @@ class UnitPool:
     async def _keep(self, nursery: trio.Nursery) -> None:
         """Start units whenever there are too few."""
         while True:
-            while (number := self._plan.start_one()) is not None:
+            refill_at = self._refill_at
+            calm = trio.current_time() >= refill_at
+            if calm:
+                self._refill_at = -math.inf
+            while (number := self._plan.start_one(spares=calm)) is not None:
                 nursery.start_soon(self._start, number)
-            await self._changed.wait()
+            with trio.move_on_at(math.inf if calm else refill_at):
+                await self._changed.wait()
 
     async def _start(self, number: int) -> None:
         came = self._came[number] = trio.Event()

@@ -51,6 +51,9 @@ IOAPIC_PINS = 24
 
 COM1 = 0x3F8
 COM1_GSI = 4
+BUTTON_GSI = 3
+"""Interrupt line of the power button: a PC's second serial port has it, which there is not."""
+
 DEVICE_GSIS = range(5, IOAPIC_PINS)
 """Interrupt lines of the virtio devices, in their order."""
 

@@ -9,7 +9,7 @@ from typing import Self, TypeVar
 import msgspec
 import trio
 
-from kvmd.errors import KvmdError, MachineStateError
+from kvmd.errors import DeviceInUse, KvmdError, MachineStateError, NoSuchDevice
 from kvmd.machine_process.folder import MachineFolder, decode_hook
 from kvmd.machine_process.framing import BadMessage, Framed
 from kvmd.machine_process.messages import ANSWER_LIMIT, PROTOCOL, Answer, Greeting, Refused, Request
@@ -62,7 +62,7 @@ class ControlClient:
 
         Raises:
             HungUp: the machine's process ended before it answered.
-            MachineStateError, PrivateMemory: as the machine says.
+            MachineStateError, PrivateMemory, NoSuchDevice, DeviceInUse: as the machine says.
             ValueError: not within memory.
             BadMessage: the answer is something else.
         """
@@ -142,5 +142,9 @@ def _error(refused: Refused) -> Exception:
             return PrivateMemory(refused.gpa)
         case "range":
             return ValueError(refused.message)
+        case "no-device":
+            return NoSuchDevice(refused.message)
+        case "in-use":
+            return DeviceInUse(refused.message)
         case _:
             return BadMessage(refused.message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import msgspec
@@ -12,16 +12,20 @@ import trio
 
 from kvmd.conversion.ring import RecordReader
 from kvmd.conversion_log import GATHER_SECONDS
-from kvmd.errors import MachineStateError
+from kvmd.errors import DeviceInUse, MachineStateError, NoSuchDevice
 from kvmd.machine_process.framing import BadMessage, Framed
 from kvmd.machine_process.host import MachineHost
 from kvmd.machine_process.messages import (
+    AGENT_PIECE,
     OUTPUT_PIECE,
     PROTOCOL,
     READ_LIMIT,
     RECORDS_LIMIT,
     REQUEST_LIMIT,
     TYPE_LIMIT,
+    AgentSaid,
+    AgentTold,
+    AskBalloon,
     AskConversions,
     AskCounters,
     AskInfo,
@@ -31,6 +35,8 @@ from kvmd.machine_process.messages import (
     AskResume,
     AskStart,
     AskStop,
+    AttachAgent,
+    Attached,
     Conversions,
     EventBatch,
     FollowEvents,
@@ -40,13 +46,16 @@ from kvmd.machine_process.messages import (
     Memory,
     MemoryMap,
     OutputPiece,
+    PressPowerButton,
     Refused,
     Request,
     Status,
+    TellAgent,
     Type,
     Typed,
 )
 from kvmd.memory.accessor import PrivateMemory
+from kvmd.virtio.host_port import PortConnection
 
 CLIENTS_LIMIT = 256
 """Connections at a time; more are closed as they come."""
@@ -181,6 +190,14 @@ class _Client:
                         return
                     await self._framed.send(Typed())
                     continue
+                case AttachAgent():
+                    try:
+                        connection = self._host.attach_agent()
+                    except (NoSuchDevice, DeviceInUse) as error:
+                        await self._framed.send(_refused(error))
+                        continue
+                    with connection:
+                        await self._carry(connection)
                 case _:
                     await self._framed.send(await self._answer(request))
                     continue
@@ -206,8 +223,10 @@ class _Client:
             return Refused("private", str(error), gpa=error.gpa)
         except IndexError as error:
             return Refused("range", str(error))
+        except (NoSuchDevice, DeviceInUse) as error:
+            return _refused(error)
 
-    async def _do(self, request: Request) -> msgspec.Struct:  # noqa: C901 - one case a request
+    async def _do(self, request: Request) -> msgspec.Struct:  # noqa: C901, PLR0911, PLR0912 - one case a request
         host = self._host
         machine = host.machine
         match request:
@@ -223,6 +242,12 @@ class _Client:
                 if host.state not in {"running", "paused"}:
                     raise MachineStateError("stop", needed="running or paused", found=host.state)
                 host.stop()
+            case PressPowerButton():
+                host.press_power_button()
+            case AskBalloon():
+                return host.balloon(request.target_bytes)
+            case TellAgent():
+                return Refused("bad-request", "no agent is attached to")
             case AskCounters():
                 return await host.counters()
             case AskMap():
@@ -258,6 +283,44 @@ class _Client:
             piece = await output.read(offset, OUTPUT_PIECE)
             await self._framed.send(OutputPiece(*piece))
             offset = piece.end
+
+    async def _carry(self, agent: PortConnection) -> None:
+        """Carry bytes between the client and the agent until the client hangs up."""
+        sending = trio.Lock()
+
+        strange = False
+
+        async def listen() -> None:
+            while True:
+                data = await agent.receive()
+                async with sending:
+                    await self._framed.send(AgentSaid(data))
+
+        async def tell() -> None:
+            nonlocal strange
+            while isinstance(request := await self._framed.receive(), TellAgent):
+                told = False
+                async with self._until_hangup():
+                    await agent.send(request.data[:AGENT_PIECE])
+                    told = True
+                if not told:
+                    return
+                async with sending:
+                    await self._framed.send(AgentTold())
+            strange = request is not None
+
+        await self._framed.send(Attached())
+        async with trio.open_nursery() as nursery:
+
+            async def until_it_ends(carry: Callable[[], Awaitable[None]]) -> None:
+                with suppress(trio.BrokenResourceError):
+                    await carry()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_it_ends, listen)
+            await until_it_ends(tell)
+        if strange:
+            raise BadMessage("the connection is the agent's: nothing else can be asked on it")
 
     async def _follow_events(self, request: FollowEvents) -> None:
         """Send what happens. The cursors stand still while the client does not read; the ring does not."""
@@ -312,3 +375,7 @@ class _Client:
             nursery.start_soon(watch)
             yield
             nursery.cancel_scope.cancel()
+
+
+def _refused(error: NoSuchDevice | DeviceInUse) -> Refused:
+    return Refused("no-device" if isinstance(error, NoSuchDevice) else "in-use", str(error))

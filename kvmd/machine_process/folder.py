@@ -10,8 +10,10 @@ file                 what                                                       
                                                                                          end the fleet
 ``console-*``        what the guest printed                                              the process
 ``log-*``            its log, lines of JSON                                              the process
+``conversions-*``    the last conversions, while it lives                                the process
 ``stderr``           what Python says of a crash; mostly empty                           the process
-``conversions.last`` ``LastConversions``                                                 the process, at its end
+``conversions.last`` ``LastConversions``, in place of the former                         the process, at its end; at
+                                                                                         a violent end the fleet
 ``end.json``         ``EndFile``: how it ended                                           the process, last of all; at
                                                                                          a violent end the fleet
 ``exit.json``        ``ExitFile``: how the process ended, where it did not say so        its parent: the spawner
@@ -47,6 +49,9 @@ STDERR = "stderr"
 LAST_CONVERSIONS = "conversions.last"
 END = "end.json"
 EXIT = "exit.json"
+
+LAST_RECORDS = 16384
+"""Conversions that outlive the machine: two megabytes of file, at most."""
 
 _BACKLOG = 128
 """Connections that wait for a process that is not ready yet."""

@@ -13,31 +13,37 @@ import trio
 from kvmd.console_pump import OutputPump
 from kvmd.conversion.ring import RecordReader
 from kvmd.conversion_log import ConversionSampler
-from kvmd.errors import MachineStateError
+from kvmd.errors import MachineStateError, NoSuchDevice
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine_end import log_end
+from kvmd.machine_process.counting import counter_values
 from kvmd.machine_process.folder import (
     CONSOLE,
     END,
     LAST_CONVERSIONS,
+    LAST_RECORDS,
     LOG,
     EndFile,
     LastConversions,
     MachineFolder,
 )
 from kvmd.machine_process.hosted import HostedMachine
+from kvmd.machine_process.kept_conversions import ConversionKeeper
+from kvmd.machine_process.messages import Balloon as BalloonState
 from kvmd.machine_process.messages import CounterValues
 from kvmd.machine_process.outputs import KeptOutput
 from kvmd.machine_process.segments import SegmentWriter
 from kvmd.machine_process.steps import Steps
 from kvmd.ranges import PageState
 from kvmd.stop import Stop, StopReason
+from kvmd.units import PAGE_SIZE
+from kvmd.virtio.host_port import PortConnection
 
 OUTPUT_KEPT = 256 << 10
 """Bytes of console and of log that are kept in memory for those who follow."""
 
-LAST_RECORDS = 16384
-"""Conversions that outlive the machine: two megabytes of file, at most."""
+SHUTDOWN_SECONDS = 10.0
+"""How long a guest whose power button a SIGTERM pressed may take: systemd gives the process 20 s (TimeoutStopSec=)."""
 
 _COUNT_AT_ONCE = 256
 
@@ -50,6 +56,7 @@ class MachineHost:
         folder: the machine's, borrowed.
         log_buffer: what the log was configured to write to.
         log: for the process's own events.
+        shutdown_seconds: see ``SHUTDOWN_SECONDS``.
 
     Attributes:
         end_written: whether how it ended is in the folder.
@@ -62,8 +69,10 @@ class MachineHost:
         *,
         log_buffer: LogBuffer,
         log: structlog.typing.FilteringBoundLogger,
+        shutdown_seconds: float = SHUTDOWN_SECONDS,
     ) -> None:
         self.machine = machine
+        self._shutdown_seconds = shutdown_seconds
         self.started_ns: int | None = None
         self.end_written = False
         self.log = log.bind(machine=machine.spec.name)
@@ -76,6 +85,7 @@ class MachineHost:
         self._sampler = ConversionSampler(
             machine.records.reader(from_oldest=True), machine=machine.spec.name, log=structlog.get_logger("kvmd")
         )
+        self._keeper = ConversionKeeper(machine.records.reader(from_oldest=True), folder.fd, self._file_failed)
         self._start = trio.Event()
         self._never_started = False
 
@@ -109,7 +119,7 @@ class MachineHost:
                 self._log_pump.end()
             self._write_end(stop)
         finally:
-            for output in (self.console, self.log_output, self.steps):
+            for output in (self.console, self.log_output, self.steps, self._keeper):
                 output.close()
         return stop
 
@@ -153,6 +163,51 @@ class MachineHost:
             self._start.set()
         self.machine.stop()
 
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down.
+
+        Raises:
+            NoSuchDevice: it has no power button.
+            MachineStateError: it is not running.
+        """
+        press = self.machine.power_button
+        if press is None:
+            raise NoSuchDevice("the machine has no power button: Linux guests have one")
+        if self.state != "running":
+            raise MachineStateError("press the power button", needed="running", found=self.state)
+        press()
+
+    def balloon(self, target_bytes: int | None) -> BalloonState:
+        """Return what the guest does without, after asking it for ``target_bytes``, if any.
+
+        Raises:
+            NoSuchDevice: it has no balloon.
+            IndexError: the target is impossible.
+        """
+        balloon = self.machine.balloon
+        if balloon is None:
+            raise NoSuchDevice("the machine has no balloon: Linux guests have one with balloon = true")
+        if target_bytes is not None:
+            most = self.machine.spec.memory
+            if target_bytes % PAGE_SIZE or not 0 <= target_bytes < most:
+                raise IndexError(f"target: {target_bytes} is not a number of whole pages below the {most} of memory")
+            balloon.set_target(target_bytes)
+        return BalloonState(
+            balloon.target_bytes, balloon.actual_bytes, balloon.discarded_bytes, self.machine.held_bytes()
+        )
+
+    def attach_agent(self) -> PortConnection:
+        """Return a connection to the agent, which its owner closes.
+
+        Raises:
+            NoSuchDevice: the machine has no port for one.
+            DeviceInUse: somebody else talks to it.
+        """
+        port = self.machine.agent
+        if port is None:
+            raise NoSuchDevice("the machine has no port for an agent: Linux guests have one with agent = NAME")
+        return port.attach()
+
     async def counters(self) -> CounterValues:
         """Return what the machine did so far."""
         while self.machine.stats.catch_up(_COUNT_AT_ONCE):
@@ -165,6 +220,7 @@ class MachineHost:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._console_pump.run)
             nursery.start_soon(self._sampler.run)
+            nursery.start_soon(self._keeper.run)
             try:
                 stop = await self.machine.run()
             except Exception as error:
@@ -172,15 +228,32 @@ class MachineHost:
                 stop = Stop.because(StopReason.BUG, f"a bug of kvmd's: {error!r}")
             self._console_pump.end()
             self._sampler.end()
+            self._keeper.end()
         return stop
 
     async def _watch_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Stop the guest at SIGTERM: what service managers send. The second does what the first did."""
+        """Stop the guest at SIGTERM: what service managers send.
+
+        One that has a power button is asked first, and stopped when it has not shut down in time; a second signal does
+        not wait.
+        """
+        asked = False
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             task_status.started()
-            async for number in received:
-                self.log.warning("stopping", signal=signal.Signals(number).name)
-                self.stop()
+            async with trio.open_nursery() as nursery:
+                async for number in received:
+                    self.log.warning("stopping", signal=signal.Signals(number).name)
+                    if asked or self.machine.power_button is None or self.state != "running":
+                        self.stop()
+                        continue
+                    asked = True
+                    self.press_power_button()
+                    nursery.start_soon(self._stop_later)
+
+    async def _stop_later(self) -> None:
+        await trio.sleep(self._shutdown_seconds)
+        self.log.warning("not-shut-down", seconds=self._shutdown_seconds, consequence="it is stopped")
+        self.stop()
 
     def _count(self) -> CounterValues:
         snapshot = self.machine.stats.snapshot()
@@ -190,22 +263,7 @@ class MachineHost:
                 shared += range_.size_bytes
             else:
                 private += range_.size_bytes
-        waiting, applying, discarding = (
-            (part.p50, part.p90, part.p99, part.maximum)
-            for part in (snapshot.waiting, snapshot.applying, snapshot.discarding)
-        )
-        return CounterValues(
-            requests=[
-                (count.cause.value, count.to.value, count.outcome.value, count.requests) for count in snapshot.counts
-            ],
-            shared_bytes=shared,
-            private_bytes=private,
-            waiting_us=waiting,
-            applying_us=applying,
-            discarding_us=discarding,
-            lost=snapshot.uncounted,
-            hottest=[(hot.gpa, hot.size_bytes, hot.count, hot.overcount) for hot in snapshot.hottest],
-        )
+        return counter_values(snapshot, shared_bytes=shared, private_bytes=private)
 
     def _write_end(self, stop: Stop) -> None:
         """Write what outlives the process; the end last, since who finds it looks no further."""
@@ -227,6 +285,8 @@ class MachineHost:
             self._folder.write(LAST_CONVERSIONS, LastConversions(ring.appended, records))
         except OSError as error:
             self._file_failed(error)
+        else:
+            self._keeper.discard()
         try:
             self._folder.write(END, end, durable=True)
             self.end_written = True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from kvmd.devices.console_input import ConsoleInput
 from kvmd.runnable import Runnable
 from kvmd.spec import MachineSpec
+from kvmd.virtio.host_port import HostPort
 
 
 class Readable(Protocol):
@@ -15,6 +16,25 @@ class Readable(Protocol):
 
     def read(self, gpa: int, size_bytes: int) -> bytes:
         """Copy shared memory. Raises PrivateMemory, and IndexError outside of memory."""
+
+
+class Balloon(Protocol):
+    """Memory that the guest does without; sizes in bytes."""
+
+    @property
+    def target_bytes(self) -> int:
+        """What it is asked for."""
+
+    @property
+    def actual_bytes(self) -> int:
+        """What it says that it does without."""
+
+    @property
+    def discarded_bytes(self) -> int:
+        """What the host has taken back so far."""
+
+    def set_target(self, size_bytes: int) -> None:
+        """Ask the guest to do without that much. Raises ValueError."""
 
 
 class HostedMachine(Runnable, Protocol):
@@ -35,6 +55,21 @@ class HostedMachine(Runnable, Protocol):
     @property
     def memory(self) -> Readable:
         """Its shared memory."""
+
+    @property
+    def agent(self) -> HostPort | None:
+        """The host's end of a program in the guest, if it has a port."""
+
+    @property
+    def balloon(self) -> Balloon | None:
+        """Its balloon, if it has one."""
+
+    @property
+    def power_button(self) -> Callable[[], None] | None:
+        """What presses its power button, if it has one."""
+
+    def held_bytes(self) -> int:
+        """Return how much of the host's memory the guest's takes up."""
 
     async def pause(self) -> None:
         """Take all vCPUs out of the guest. Raises MachineStateError."""

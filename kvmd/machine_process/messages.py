@@ -6,8 +6,8 @@ everything. Each message is a length (4 bytes, big-endian) and as many bytes of 
 The machine speaks first, with a ``Greeting``. Then the client asks, and each request is answered by one message before
 the next is read; what cannot be done is answered by ``Refused`` and the connection goes on. ``FollowOutput`` and
 ``FollowEvents`` are answered by any number of messages until one side hangs up: the machine does at its end, and the
-rest is in its folder then. A message that is too long, or is none, is answered by ``Refused`` of the kind
-``bad-request``, and the connection closed.
+rest is in its folder then. After ``AttachAgent`` both sides speak when they have something to say. A message that is
+too long, or is none, is answered by ``Refused`` of the kind ``bad-request``, and the connection closed.
 
 A client that reads slowly holds up nobody but itself: outputs and conversions go on in bounded buffers, and what was
 dropped meanwhile is counted in the next message.
@@ -42,6 +42,9 @@ RECORDS_LIMIT = 4096
 
 TYPE_LIMIT = 4096
 """Bytes of console input in one request, at most."""
+
+AGENT_PIECE = 32 << 10
+"""Bytes for an agent in one request, at most."""
 
 OUTPUT_PIECE = 64 << 10
 """Bytes of output in one answer, at most."""
@@ -144,6 +147,34 @@ class FollowEvents(msgspec.Struct, frozen=True, tag="follow-events"):
     counters: bool = False
 
 
+class PressPowerButton(msgspec.Struct, frozen=True, tag="press-power-button"):
+    """Ask the guest to shut down. Answered by ``Status`` at once: what it does about it is its own business."""
+
+
+class AskBalloon(msgspec.Struct, frozen=True, tag="balloon"):
+    """What does the guest do without? Answered by ``Balloon``.
+
+    Attributes:
+        target_bytes: ask the guest to do without that much, first.
+    """
+
+    target_bytes: int | None = None
+
+
+class AttachAgent(msgspec.Struct, frozen=True, tag="attach-agent"):
+    """Talk to the agent in the guest, for as long as this connection lasts. Answered by ``Attached``.
+
+    From then on the machine sends ``AgentSaid`` as it comes, and the client ``TellAgent``, each after the answer to the
+    one before: so a client that hangs up is noticed while the guest does not read.
+    """
+
+
+class TellAgent(msgspec.Struct, frozen=True, tag="tell-agent"):
+    """Send ``data`` (at most ``AGENT_PIECE`` bytes) to the agent. Answered by ``AgentTold`` once the guest takes it."""
+
+    data: bytes
+
+
 Request = (
     AskInfo
     | AskStart
@@ -157,6 +188,10 @@ Request = (
     | Type
     | FollowOutput
     | FollowEvents
+    | PressPowerButton
+    | AskBalloon
+    | AttachAgent
+    | TellAgent
 )
 
 
@@ -168,12 +203,13 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
     Attributes:
         kind: ``state`` (the machine's state does not allow it: ``action``, ``needed`` and ``found`` say more),
-            ``private`` (``gpa`` is), ``range`` (not within memory or what may be asked), ``busy`` (no room for one more
-            who follows something), ``bad-request`` or ``bug``.
+            ``private`` (``gpa`` is), ``range`` (not within memory or what may be asked), ``no-device`` (the machine has
+            none), ``in-use`` (somebody else has it), ``busy`` (no room for one more who follows something),
+            ``bad-request`` or ``bug``.
         message: one line.
     """
 
-    kind: Literal["state", "private", "range", "busy", "bad-request", "bug"]
+    kind: Literal["state", "private", "range", "no-device", "in-use", "busy", "bad-request", "bug"]
     message: str
     action: str = ""
     needed: str = ""
@@ -261,6 +297,36 @@ class OutputPiece(msgspec.Struct, frozen=True, tag="output"):
     data: bytes
 
 
+class Balloon(msgspec.Struct, frozen=True, tag="balloon"):
+    """Memory that the guest does without.
+
+    Attributes:
+        target_bytes: what it is asked for.
+        actual_bytes: what it says that it does without.
+        given_back_bytes: what the host has taken back so far: of the balloon, and of pages that were reported as free.
+        held_bytes: what the guest's memory takes up of the host's now.
+    """
+
+    target_bytes: int
+    actual_bytes: int
+    given_back_bytes: int
+    held_bytes: int
+
+
+class Attached(msgspec.Struct, frozen=True, tag="attached"):
+    """The connection is the agent's now."""
+
+
+class AgentSaid(msgspec.Struct, frozen=True, tag="agent-said"):
+    """Some bytes of the agent's."""
+
+    data: bytes
+
+
+class AgentTold(msgspec.Struct, frozen=True, tag="agent-told"):
+    """The agent's port took everything."""
+
+
 class EventBatch(msgspec.Struct, frozen=True, tag="events"):
     """What happened.
 
@@ -289,6 +355,10 @@ Answer = (
     | Typed
     | OutputPiece
     | EventBatch
+    | Balloon
+    | Attached
+    | AgentSaid
+    | AgentTold
     | Greeting
 )
 

@@ -119,6 +119,16 @@ def segments_of(folder: int, output: str) -> list[tuple[int, int]]:
     return sorted(found)
 
 
+def remove_segments(folder: int, output: str) -> None:
+    """Delete all of an output.
+
+    Raises:
+        OSError: a segment cannot be deleted.
+    """
+    for start, _ in segments_of(folder, output):
+        os.unlink(_name(output, start), dir_fd=folder)
+
+
 def read_segments(folder: int, output: str, offset: int, limit: int) -> Piece:
     """Return at most ``limit`` bytes of an output from ``offset`` on; bytes that no segment has count as dropped.
 

@@ -11,8 +11,6 @@ the answers are ``Spawned`` and, at a child's end, ``Reaped``.
 
 from __future__ import annotations
 
-import gc
-import importlib
 import os
 import resource
 import select
@@ -31,6 +29,7 @@ from kvmd.machine_process.folder import END, EXIT, EndFile, ExitFile, MachineFol
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, live
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Reaped, Spawn, Spawned
+from kvmd.machine_process.warming import warm
 from kvmd.stop import ExitStatus
 
 
@@ -157,12 +156,8 @@ def serve(link_fd: int, open_machine: OpenMachine) -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
-    # What a Linux machine needs beyond: imported by none of its forks then.
-    importlib.import_module("kvmd.linux_devices")
-    importlib.import_module("kvmd.linux_hardware")
-    # The collector writes into every object that it looks at; frozen ones stay shared with all children.
-    gc.collect()
-    gc.freeze()
+    # Frozen objects stay shared with all children.
+    warm()
     Spawner(socket.socket(fileno=link_fd), open_machine).run()
 
 

@@ -8,7 +8,6 @@ before that, it ends: the next daemon may be another version, and starts others.
 
 from __future__ import annotations
 
-import gc
 import os
 import select
 import socket
@@ -21,6 +20,7 @@ from kvmd.errors import HostError
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, Unit, live
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Become, Waiting
+from kvmd.machine_process.warming import warm
 from kvmd.service_manager import ServiceManager
 
 
@@ -36,9 +36,7 @@ def wait_to_become(path: Path, open_machine: OpenMachine, manager: ServiceManage
     Raises:
         HostError: no daemon listens there.
     """
-    # The collector writes into every object that it looks at: frozen ones are not touched any more.
-    gc.collect()
-    gc.freeze()
+    warm()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
         try:
             daemon.connect(str(path))

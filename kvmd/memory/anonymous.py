@@ -49,3 +49,7 @@ class AnonymousMemory(HostMemory):
             libc.advise(self.address + range_.start, range_.size_bytes, mmap.MADV_DONTNEED)
         except OSError as error:
             raise BackendError(f"discarding {self.name} {range_}: {error}", error.errno or 0) from error
+
+    def held_bytes(self) -> int:
+        """Return the host memory that is held, in bytes: 0 once it is closed."""
+        return 0 if self._closed else libc.resident_bytes(self.address, self.size_bytes)

@@ -58,6 +58,10 @@ class HostMemory(Closing):
             BackendError: the host refused.
         """
 
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Return the host memory that is held, in bytes."""
+
     def close(self) -> None:
         """Unmap and give up the memory; harmless the second time."""
         if not self._closed:

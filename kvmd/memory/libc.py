@@ -30,6 +30,13 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+
+_IS_RESIDENT = bytes(byte & 1 for byte in range(256))
+_RESIDENT_PAGES = 1 << 18
+"""Pages that are looked at in one call."""
+
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_NORESERVE = 0x4000
 _FALLOC_FL_KEEP_SIZE = 0x1
@@ -108,6 +115,23 @@ def map_inaccessible(size_bytes: int) -> int:
     if address == _MAP_FAILED:
         raise _error(f"mmap of {size_bytes} inaccessible bytes")
     return int(address)
+
+
+def resident_bytes(address: int, size_bytes: int) -> int:
+    """Return how much of a mapping the host holds in memory, in bytes (mincore(2)).
+
+    Raises:
+        OSError: ENOMEM where part of it is not mapped.
+    """
+    pages = -(-size_bytes // mmap.PAGESIZE)
+    vector = ctypes.create_string_buffer(min(pages, _RESIDENT_PAGES))
+    held = 0
+    for first in range(0, pages, _RESIDENT_PAGES):
+        count = min(_RESIDENT_PAGES, pages - first)
+        if _mincore(address + first * mmap.PAGESIZE, count * mmap.PAGESIZE, vector) != 0:
+            raise _error("mincore")
+        held += vector.raw[:count].translate(_IS_RESIDENT).count(1)
+    return held * mmap.PAGESIZE
 
 
 def unmap(address: int, size_bytes: int) -> None:

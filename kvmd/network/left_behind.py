@@ -25,13 +25,21 @@ def is_anything_ours() -> bool:
     """Whether there is anything that kvmd made, in use or not: cheap, and needs no permission."""
     if namespace.ours_perhaps():
         return True
-    for _, name in socket.if_nameindex():
+    for name in _interfaces():
         try:
             if int((_CLASS / name / "netdev_group").read_text()) == GROUP:
                 return True
         except (OSError, ValueError):
             continue
     return False
+
+
+def _interfaces() -> list[str]:
+    try:
+        return [name for _, name in socket.if_nameindex()]
+    except OSError:
+        # A unit that only AF_UNIX is left to, as kvmd.service without its drop-in: nothing of ours could be made there.
+        return []
 
 
 def remove_left_behind() -> list[str]:

@@ -131,6 +131,7 @@ class BalloonDevice:
                 if chain is not None:
                     # After a reset the pages are the guest's again: it waits for what is being discarded.
                     active.transfers.begin()
+                    active.work.begin()
             if chain is not None:
                 await self._take(queue, ranges_of(queue, active.memory, chain), active)
                 with queue as ring:
@@ -150,12 +151,14 @@ class BalloonDevice:
                 self._discard_all(queue, ranges)
             finally:
                 active.transfers.end()
+                active.work.end()
 
         try:
             await trio.to_thread.run_sync(work, limiter=self._limiter)
         finally:
             if not started:
                 active.transfers.end()
+                active.work.end()
 
     def _discard_all(self, queue: LiveQueue, ranges: Iterator[GpaRange]) -> None:
         for range_ in ranges:

@@ -13,9 +13,9 @@ import structlog
 from kvmd.virtio.abi import SECTOR_BYTES
 from kvmd.virtio.device import Activation
 from kvmd.virtio.disk import RawDisk
-from kvmd.virtio.live_queue import LiveQueue, QueueStopped
+from kvmd.virtio.live_queue import LiveQueue, QueueStopped, Ring
 from kvmd.virtio.memory import Segments, gather, scatter, split, total_bytes, views
-from kvmd.virtio.split_queue import Chain, QueueError, SplitQueue
+from kvmd.virtio.split_queue import Chain, QueueError
 
 T_IN = 0
 T_OUT = 1
@@ -137,7 +137,7 @@ class BlockRequests:
         """Tell whether one more worker would have something to do."""
         return self.workers < min(len(self.waiting), limit)
 
-    def _begin(self, ring: SplitQueue, chain: Chain) -> int:
+    def _begin(self, ring: Ring, chain: Chain) -> int:
         """Answer a request at once, or leave it to a worker; return the bytes that were copied here."""
         head, rest = split(chain.readable, _HEADER.size)
         header = gather(self._memory, head) if head else b""
@@ -152,7 +152,7 @@ class BlockRequests:
             case 0 | 1:
                 return self._begin_io(ring, chain, kind, sector, rest, status_gpa)
             case 4:
-                self.waiting.append(Request(chain, kind, 0, (), status_gpa))
+                self._leave_to_worker(Request(chain, kind, 0, (), status_gpa))
             case 8:
                 into, _ = split(chain.writable, total_bytes(chain.writable) - 1)
                 done = scatter(self._memory, into, self._serial)
@@ -162,12 +162,12 @@ class BlockRequests:
                 if isinstance(ranges, int):
                     self._answer(ring, chain, status_gpa, ranges)
                 else:
-                    self.waiting.append(Request(chain, kind, 0, (), status_gpa, ranges=ranges))
+                    self._leave_to_worker(Request(chain, kind, 0, (), status_gpa, ranges=ranges))
             case _:
                 self._answer(ring, chain, status_gpa, S_UNSUPP)
         return 0
 
-    def _begin_io(self, ring: SplitQueue, chain: Chain, kind: int, sector: int, rest: Segments, status_gpa: int) -> int:
+    def _begin_io(self, ring: Ring, chain: Chain, kind: int, sector: int, rest: Segments, status_gpa: int) -> int:
         if kind == T_IN:
             data: Segments
             gpa, last = chain.writable[-1]
@@ -192,8 +192,12 @@ class BlockRequests:
         if self._direct:
             request.views = into
             self._active.transfers.begin()
-        self.waiting.append(request)
+        self._leave_to_worker(request)
         return 0
+
+    def _leave_to_worker(self, request: Request) -> None:
+        self._active.work.begin()
+        self.waiting.append(request)
 
     def _ranges(self, kind: int, data: Segments) -> list[tuple[int, int, bool]] | int:
         """Return what is to be discarded or zeroed, or the status of a request that cannot be."""
@@ -211,7 +215,7 @@ class BlockRequests:
                 ranges.append((sector * SECTOR_BYTES, sectors * SECTOR_BYTES, bool(flags)))
         return ranges
 
-    def _answer(self, ring: SplitQueue, chain: Chain, status_gpa: int, status: int, read_bytes: int = 0) -> None:
+    def _answer(self, ring: Ring, chain: Chain, status_gpa: int, status: int, read_bytes: int = 0) -> None:
         self._memory.view(status_gpa, 1)[0] = status
         ring.push(chain, read_bytes + 1)
 
@@ -221,6 +225,7 @@ class BlockRequests:
             while True:
                 if self.waiting.popleft().views is not None:
                     self._active.transfers.end()
+                self._active.work.end()
 
     # -- a worker's thread ---------------------------------------------------------------------------------------------
 
@@ -239,6 +244,7 @@ class BlockRequests:
             finally:
                 if request.views is not None:
                     self._active.transfers.end()
+                self._active.work.end()
 
     def _perform(self, request: Request) -> None:
         try:

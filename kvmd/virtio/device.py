@@ -27,13 +27,16 @@ from kvmd.virtio.abi import (
     DeviceId,
     Status,
 )
-from kvmd.virtio.live_queue import LiveQueue, QueueStopped, Transfers
+from kvmd.virtio.live_queue import LiveQueue, QueueStopped, Standstill, Transfers
 from kvmd.virtio.memory import GuestMemory
 from kvmd.virtio.split_queue import QueueError, SplitQueue
 
 RESET_SECONDS = 1.0
 """How long a reset holds up the vCPU that asked for it while I/O straight into guest memory ends. After that the status
 goes on being read as NEEDS_RESET until it has: a driver that follows clause 2.1.2 waits for 0."""
+
+PAUSE_SECONDS = 5.0
+"""How long a pause waits for I/O."""
 
 FAILURES_LOGGED = 8
 """A guest that breaks and resets a device for ever does not fill the log."""
@@ -119,9 +122,11 @@ class Activation:
         queues: by index; those that the driver did not set up are not there.
         memory: guest memory.
         transfers: I/O under way straight into guest memory.
+        work: what worker threads have to do, and will have done soon: a pause waits for it.
+        standstill: the device's.
     """
 
-    __slots__ = ("_ended", "device", "features", "memory", "queues", "transfers")
+    __slots__ = ("_ended", "device", "features", "memory", "queues", "standstill", "transfers", "work")
 
     def __init__(self, device: VirtioDevice, features: int, memory: GuestMemory) -> None:
         self.device = device
@@ -129,6 +134,8 @@ class Activation:
         self.memory = memory
         self.queues: dict[int, LiveQueue] = {}
         self.transfers = Transfers()
+        self.work = Transfers()
+        self.standstill = device.standstill
         self._ended = False
 
     @property
@@ -176,6 +183,7 @@ class VirtioDevice(Closing):
 
     Attributes:
         notified: an eventfd for each queue, to be written to at its notifications (KVM_IOEVENTFD, or ``notify``).
+        standstill: what may be done with the queues: all, but in a pause.
     """
 
     def __init__(
@@ -205,6 +213,7 @@ class VirtioDevice(Closing):
         self._activation: Activation | None = None
         self._draining: Transfers | None = None
         self._failures = 0
+        self.standstill = Standstill()
         self.queues = self._new_queues()
         self._fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(len(model.queue_sizes) + 1)]
         self.notified = tuple(self._fds[1:])
@@ -450,6 +459,34 @@ class VirtioDevice(Closing):
         await trio.lowlevel.wait_readable(self._fds[0])
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._fds[0])
+
+    async def pause(self) -> None:
+        """Leave guest memory as it is, once the requests that worker threads have are answered.
+
+        No vCPU runs any more. What cannot be answered without somebody else, such as a console that nobody reads, is
+        answered after the pause. A disk that takes longer than ``PAUSE_SECONDS`` is not waited for, but logged.
+        """
+        self.standstill.taking = False
+        activation = self.activation
+        if activation is not None:
+            self._settle(activation)
+            await trio.to_thread.run_sync(activation.work.wait, PAUSE_SECONDS)
+            if activation.work.busy:
+                _log.warning("virtio device not paused", device=self.name, problem="its I/O does not come to an end")
+        self.standstill.giving = False
+        if activation is not None:
+            self._settle(activation)
+
+    def resume(self) -> None:
+        """Go on, with what the driver asked for meanwhile too."""
+        self.standstill.giving = True
+        self.standstill.taking = True
+        for fd in self.notified:
+            _write_eventfd(fd)
+
+    def _settle(self, activation: Activation) -> None:
+        for queue in activation.queues.values():
+            queue.settle()
 
     def _tell_server(self) -> None:
         _write_eventfd(self._fds[0])

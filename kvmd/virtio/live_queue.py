@@ -20,15 +20,116 @@ import trio
 
 from kvmd.memory.accessor import Inaccessible
 from kvmd.virtio.memory import GuestMemory
-from kvmd.virtio.split_queue import QueueError, SplitQueue
+from kvmd.virtio.split_queue import Chain, QueueError, SplitQueue
 
 
 class QueueStopped(Exception):
     """The queue is not in use any more: the driver reset the device, or it has failed."""
 
 
+class Standstill:
+    """What a paused machine's device may still do with its queues: changed by ``VirtioDevice`` alone.
+
+    Attributes:
+        taking: whether buffers are taken from the driver.
+        giving: whether buffers are given back, or anything else of the rings is written.
+    """
+
+    __slots__ = ("giving", "taking")
+
+    def __init__(self) -> None:
+        self.taking = True
+        self.giving = True
+
+
+class Ring(Protocol):
+    """The rings of a queue: ``SplitQueue``, which has the meaning of each, or what stands for it in a pause."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether the guest's memory is not to be written to: what would be done for it has to wait."""
+
+    @property
+    def size(self) -> int:
+        """Descriptors in it."""
+
+    @property
+    def outstanding(self) -> int:
+        """Buffers that were taken and not given back."""
+
+    def pop(self) -> Chain | None:
+        """Take the next buffer, or None."""
+
+    def unpop(self) -> None:
+        """Put the buffer that was taken last back."""
+
+    def push(self, chain: Chain, written_bytes: int) -> None:
+        """Give a buffer back."""
+
+    def arm(self) -> bool:
+        """Ask for a notification; true where there is a buffer already."""
+
+    def disarm(self) -> None:
+        """Ask for no notifications."""
+
+
+class PausedRing:
+    """The rings of a queue in a pause: nothing new is in them, and what is given back is kept for later.
+
+    Args:
+        ring: the rings.
+        standstill: how far the pause has come.
+        late: takes what is given back, where it may not be yet.
+    """
+
+    __slots__ = ("_late", "_ring", "_standstill")
+
+    paused = True
+
+    def __init__(self, ring: SplitQueue, standstill: Standstill, late: list[tuple[Chain, int]]) -> None:
+        self._ring = ring
+        self._standstill = standstill
+        self._late = late
+
+    @property
+    def size(self) -> int:
+        """Descriptors in it."""
+        return self._ring.size
+
+    @property
+    def outstanding(self) -> int:
+        """Buffers that were taken and not given back."""
+        return self._ring.outstanding
+
+    def pop(self) -> Chain | None:
+        """Take nothing."""
+        return None
+
+    def unpop(self) -> None:
+        """Not possible: nothing was taken."""
+        raise AssertionError("nothing was taken")
+
+    def push(self, chain: Chain, written_bytes: int) -> None:
+        """Give a buffer back, now or after the pause."""
+        if self._standstill.giving:
+            self._ring.push(chain, written_bytes)
+        else:
+            self._late.append((chain, written_bytes))
+
+    def arm(self) -> bool:
+        """Say that there is nothing: the pause's end is told like a notification."""
+        return False
+
+    def disarm(self) -> None:
+        """Leave the rings alone."""
+
+
 class Owner(Protocol):
-    """The device, as a queue sees it. Both may be called from any thread."""
+    """The device, as a queue sees it. Both methods may be called from any thread."""
+
+    @property
+    def standstill(self) -> Standstill:
+        """What may be done in a pause."""
 
     def fail(self, reason: str) -> None:
         """Stop until a reset: the driver broke a rule."""
@@ -99,13 +200,15 @@ class LiveQueue:
         self._lock = threading.Lock()
         self._stopped = False
         self._attached = False
+        self._standstill = owner.standstill
+        self._late: list[tuple[Chain, int]] = []
 
     @property
     def stopped(self) -> bool:
         """Whether the queue is not in use any more."""
         return self._stopped
 
-    def __enter__(self) -> SplitQueue:
+    def __enter__(self) -> Ring:
         held = None
         if self._converts:
             held = self._hold()
@@ -123,12 +226,18 @@ class LiveQueue:
                 self._owner.fail(f"queue {self.index}: {error}")
                 raise QueueStopped from error
             self._attached = True
+        if not self._standstill.taking:
+            return PausedRing(self._ring, self._standstill, self._late)
+        if self._late:
+            for chain, written_bytes in self._late:
+                self._ring.push(chain, written_bytes)
+            self._late.clear()
         return self._ring
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        wanted = self._ring.publish()
+        wanted = self._standstill.giving and self._ring.publish()
         self._leave()
         if wanted:
             self._owner.interrupt()
@@ -150,6 +259,11 @@ class LiveQueue:
     def give_up(self) -> None:
         """As ``stop``, without waiting: whoever is within finishes. For the thread that may be within itself."""
         self._stopped = True
+
+    def settle(self) -> None:
+        """Wait for whoever is within: they have not seen that the owner's ``standstill`` changed. From any thread."""
+        with self._lock:
+            pass
 
     async def wait(self) -> None:
         """Wait for a notification; there may be one about nothing."""

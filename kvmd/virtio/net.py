@@ -11,10 +11,10 @@ import trio
 
 from kvmd.virtio.abi import DeviceId
 from kvmd.virtio.device import Activation, Host
-from kvmd.virtio.live_queue import LiveQueue
+from kvmd.virtio.live_queue import LiveQueue, Ring
 from kvmd.virtio.memory import split, total_bytes, views
 from kvmd.virtio.net_buffers import HEADER_BYTES, ReceiveBuffers
-from kvmd.virtio.split_queue import Chain, QueueError, SplitQueue
+from kvmd.virtio.split_queue import Chain, QueueError
 
 F_CSUM = 1 << 0
 F_GUEST_CSUM = 1 << 1
@@ -244,12 +244,15 @@ class NetworkDevice:
             else:
                 await trio.lowlevel.wait_readable(self._io.fd)
 
-    def _receive_some(self, ring: SplitQueue, buffers: ReceiveBuffers) -> tuple[bool | None, bool]:
+    def _receive_some(self, ring: Ring, buffers: ReceiveBuffers) -> tuple[bool | None, bool]:
         """Give frames to the guest.
 
         Returns:
             Whether there may be more frames now (None: never again), and whether they wait for buffers.
         """
+        if ring.paused:
+            # Buffers that were taken before are there, and must not be filled.
+            return True, True
         size_bytes = 0
         buffers.refresh()
         for _ in range(BATCH):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from kvmd.virtio.live_queue import Ring
 from kvmd.virtio.memory import GuestMemory, total_bytes, views
-from kvmd.virtio.split_queue import Chain, QueueError, SplitQueue
+from kvmd.virtio.split_queue import Chain, QueueError
 
 HEADER_BYTES = 12
 """The struct virtio_net_hdr, with num_buffers."""
@@ -44,7 +45,7 @@ class ReceiveBuffers:
         if self._memory.converts and self._chains:
             self.views = [view for chain in self._chains for view in views(self._memory, chain.writable)]
 
-    def fill(self, ring: SplitQueue) -> bool:
+    def fill(self, ring: Ring) -> bool:
         """Take buffers until the largest frame fits; tell whether a frame may be read.
 
         True also where the driver has nothing left to give: its ring is small, and what does not fit is dropped.
@@ -60,7 +61,7 @@ class ReceiveBuffers:
                 return bool(self._chains) and ring.outstanding >= ring.size
         return True
 
-    def _take(self, ring: SplitQueue) -> bool:
+    def _take(self, ring: Ring) -> bool:
         chain = ring.pop()
         if chain is None:
             return False
@@ -85,7 +86,7 @@ class ReceiveBuffers:
             left -= len(view)
         return []
 
-    def deliver(self, ring: SplitQueue, frame_bytes: int) -> bool:
+    def deliver(self, ring: Ring, frame_bytes: int) -> bool:
         """Give the buffers that the frame filled back to the driver; false where it did not fit.
 
         Args:

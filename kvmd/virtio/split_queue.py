@@ -119,6 +119,9 @@ class SplitQueue:
         self._used_bytes = self._memory.view(used, 6 + USED_ELEMENT_BYTES * self.size)
         self._used = self._used_bytes.cast("H")
 
+    paused = False
+    """In a pause another stands for it: ``live_queue.PausedRing``."""
+
     @property
     def outstanding(self) -> int:
         """Buffers that were taken and not given back."""

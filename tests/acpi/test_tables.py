@@ -29,6 +29,7 @@ def machine(processors: int = 2, devices: int = 2) -> AcpiMachine:
         reset_port=0x604,
         reset_value=1,
         panic_port=0x505,
+        button_gsi=3,
         virtio=[VirtioWindow(0xD000_0000 + index * 0x1000, 0x1000, 5 + index) for index in range(devices)],
     )
 
@@ -71,7 +72,15 @@ def test_the_dsdt_is_what_iasl_makes_of_its_own_reading_of_it(tmp_path: Path, de
     assert "error" not in said.lower()
     text = (tmp_path / "dsdt.dsl").read_text()
     assert text.count('"LNRO0005"') == devices
-    for what in ('EisaId ("PNP0501")', '"QEMU0001"', "Name (_S5", "0x03F8"):
+    for what in (
+        'EisaId ("PNP0501")',
+        '"QEMU0001"',
+        'EisaId ("PNP0C0C")',
+        '"ACPI0013"',
+        "Notify (PWRB, 0x80)",
+        "Name (_S5",
+        "0x03F8",
+    ):
         assert what in text
     assert "0 Errors, 0 Warnings" in iasl(tmp_path, "-p", "again", "dsdt.dsl")
     again = (tmp_path / "again.aml").read_bytes()

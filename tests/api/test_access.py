@@ -109,6 +109,9 @@ REQUESTS = [
     "POST /v1/machines/one/pause",
     "GET /v1/machines/one/memory?gpa=0x1000&size=1",
     "GET /v1/machines/one/console",
+    "GET /v1/machines/one/agent",
+    "PUT /v1/machines/one/balloon",
+    "POST /v1/machines/one/power-button",
 ]
 
 
@@ -125,9 +128,9 @@ def open_folder() -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("groups", "statuses"),
     [
-        ([OPERATORS], [200, 200, 200, 200, 426]),
-        ([*range(1000, 2000), VIEWERS], [200, 200, 403, 403, 403]),
-        ([], [403] * 5),
+        ([OPERATORS], [200, 200, 200, 200, 426, 426, 422, 404]),
+        ([*range(1000, 2000), VIEWERS], [200, 200, 403, 403, 403, 403, 403, 403]),
+        ([], [403] * 8),
     ],
 )
 async def test_the_kernel_says_who_asks(open_folder: Path, groups: list[int], statuses: list[int]) -> None:

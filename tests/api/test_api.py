@@ -14,6 +14,7 @@ import pytest
 import trio
 import trio.testing
 
+from kvmd.api.queries import CONVERSIONS, MEMORY_MAP, conversions_of_query
 from kvmd.api.server.limits import Limits
 from kvmd.errors import MachineSilent
 from kvmd.fleet.base import Counters
@@ -21,6 +22,7 @@ from kvmd.ranges import GpaRange, PageState
 from kvmd.units import MIB, PAGE_SIZE
 from tests.api.serving import Client, Serving, serving_api
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.json"
 HELLO = {"image": "builtin:hello", "name": "one", "memory": "1M"}
 
 
@@ -73,6 +75,69 @@ async def test_polled_answers_are_those_of_the_documented_way(one: Serving) -> N
     for part in of_one:
         assert (await one.get(f"/v1/machines/two{part}")).problem == "unknown-machine"
         assert (await one.get(f"/v1/machines/one{part}/")).problem == "not-found"
+
+
+QUERIES = {
+    "conversions": [
+        "limit=1",
+        "since=1&limit=1",
+        "last=1",
+        "since=2&last=2",
+        "to=shared",
+        "cause=explicit&outcome=converted&vcpu=0",
+        "gpa=0x1000",
+        "gpa=4096&size=8192",
+        "since=18446744073709551616",
+        "since=-1",
+        "since=+1",
+        "since=%201",
+        "since=1.0",
+        "since=",
+        "limit=0",
+        "limit=4097",
+        "limit=1&last=1",
+        "size=1",
+        "gpa=x",
+        "to=Shared",
+        "vcpu=one",
+        "typo=1",
+        "LIMIT=1",
+        "limit",
+        "limit=1;last=1",
+        "%6cimit=1",
+        "limit=%EF%BC%91",
+        "limit=1&" + "&".join(["since=0"] * 20),
+    ],
+    "memory/map": ["limit=1", "from=0x1000&limit=1", "from=4096", "from=-1", "limit=x", "limit=65537", "size=1"],
+}
+
+
+@pytest.mark.parametrize(("part", "query"), [(part, query) for part, of_it in QUERIES.items() for query in of_it])
+async def test_queries_are_answered_as_in_the_documented_way(one: Serving, part: str, query: str) -> None:
+    guest = one.fleet.guest("one")
+    for page in (1, 2, 1):
+        guest.convert(page * PAGE_SIZE)
+    path = f"/v1/machines/one/{part}?{query}"
+    # The first parameter once more: FastAPI takes the last of two, and kvmd.api.direct neither.
+    direct, documented = await one.get(path), await one.get(f"{path}&{query.partition('&')[0]}")
+    assert (direct.status, direct.body) == (documented.status, documented.body)
+    assert direct.headers["content-type"] == documented.headers["content-type"]
+    assert (await one.get(f"/v1/machines/two/{part}?{query}")).status >= 400
+
+
+def test_parameters_that_are_answered_before_fastapi_are_those_that_are_documented() -> None:
+    paths = json.loads(DOCUMENT.read_text(encoding="utf-8"))["paths"]
+    for part, parameters in (("conversions", CONVERSIONS), ("memory/map", MEMORY_MAP)):
+        documented = paths[f"/v1/machines/{{name}}/{part}"]["get"]["parameters"]
+        assert {each["name"] for each in documented if each["in"] == "query"} == parameters.names
+
+
+async def test_small_queries_do_not_reach_fastapi(one: Serving) -> None:
+    assert CONVERSIONS.parse(b"limit=1&to=shared&gpa=0x1000") == {"limit": 1, "to": "shared", "gpa": "0x1000"}
+    assert MEMORY_MAP.parse(b"from=0x1000&limit=2") == {"from": "0x1000", "limit": 2}
+    for query in (b"limit=1&limit=1", b"limit=", b"&", b"limit", b"limit=x", b"typo=1"):
+        assert CONVERSIONS.parse(query) is None
+    assert await conversions_of_query(one.fleet, "one", b"limit=1") is not None
 
 
 @pytest.mark.parametrize("action", ["start", "resume"])

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 
+from kvmd.api.access import Role
 from kvmd.api.control import ControlApi
+from kvmd.api.server.peer import Peer
 from kvmd.daemon_config import ApiConfig, DaemonConfig
-from kvmd.errors import ConfigError
+from kvmd.errors import ConfigError, HostError
 from tests.api.serving import Client
 from tests.fleet.fakes import FakeFleet
 
@@ -62,6 +65,52 @@ async def test_without_viewers_there_is_one_socket(tmp_path: Path) -> None:
         await nursery.start(api.serve)
         assert (tmp_path / "s").exists()
         assert not (tmp_path / "v").exists()
+        api.stop()
+
+
+def other_group() -> grp.struct_group:
+    """A group that this process may give files to: as root, any."""
+    return next(group for group in grp.getgrall() if group.gr_gid not in {os.getegid(), *os.getgroups()})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give sockets to any group")
+async def test_a_reload_changes_who_may_do_what(tmp_path: Path) -> None:
+    other = other_group()
+    config = config_in(tmp_path, viewers="")
+    api = ControlApi(config, FakeFleet(), HOST)
+    peer = Peer(pid=1, uid=54321, groups=frozenset({other.gr_gid}))
+    assert api.role_of(peer) is None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(api.serve)
+        changed = replace(config, api=replace(config.api, operators=other.gr_name))
+        assert api.reconfigure(changed) == []
+        assert api.role_of(peer) is Role.OPERATE
+        assert (tmp_path / "s").stat().st_gid == other.gr_gid
+        changed = replace(config, api=replace(config.api, viewers=other.gr_name))
+        # There is no socket yet that they could come through.
+        assert api.reconfigure(changed) == ["api.viewers"]
+        assert api.role_of(peer) is Role.VIEW
+        assert (tmp_path / "s").stat().st_gid == os.getegid()
+        with pytest.raises(ConfigError, match=r"api\.operators: there is no group 'kvmd-nobody'"):
+            api.reconfigure(replace(config, api=replace(config.api, operators="kvmd-nobody")))
+        assert api.role_of(peer) is Role.VIEW
+        api.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give sockets to any group")
+async def test_a_reload_gives_the_viewers_socket_to_other_viewers(tmp_path: Path) -> None:
+    other = other_group()
+    config = config_in(tmp_path)
+    api = ControlApi(config, FakeFleet(), HOST)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(api.serve)
+        assert api.reconfigure(replace(config, api=replace(config.api, viewers=other.gr_name))) == []
+        assert (tmp_path / "v").stat().st_gid == other.gr_gid
+        assert api.reconfigure(replace(config, api=replace(config.api, viewers=""))) == []
+        assert (tmp_path / "v").stat().st_gid == os.getegid()
+        (tmp_path / "s").unlink()
+        with pytest.raises(HostError, match="cannot give the socket"):
+            api.reconfigure(config)
         api.stop()
 
 

@@ -82,3 +82,16 @@ def test_a_host_without_either_says_how_to_get_one(
     assert text.startswith("kvmd cannot run guests on this host.")
     assert "software CPU   install kvmd[software]" in text
     assert "lost" not in text
+
+
+def test_what_guests_networks_lack_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_host(monkeypatch, answers())
+    monkeypatch.setattr(module, "missing_for_bridges", lambda: None)
+    monkeypatch.setattr(module, "missing_for_namespaces", lambda: "no CAP_SYS_ADMIN")
+    assert run_cli(["check"]) == 0
+    assert "  networks       bridges\n                 namespaces: no CAP_SYS_ADMIN\n" in capsys.readouterr().out
+    assert run_cli(["check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["networks"] == {
+        "bridges": {"usable": True, "problem": None},
+        "namespaces": {"usable": False, "problem": "no CAP_SYS_ADMIN"},
+    }

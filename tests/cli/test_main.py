@@ -156,7 +156,7 @@ def test_a_start_imports_nothing_that_takes_long(command: str) -> None:
         "import sys\n"
         "from kvmd.cli.main import run_cli\n"
         f"run_cli(['{command}', '--help'])\n"
-        "heavy = {'rich', 'pygments', 'hypothesis', 'kvmd.cli.demo'} & set(sys.modules)\n"
+        "heavy = {'rich', 'pygments', 'hypothesis', 'kvmd.cli.demo', 'asyncio.events', '_ssl'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     result = run_python("-c", code)
@@ -169,6 +169,25 @@ def test_rich_can_be_imported_after_structlog_was() -> None:
         "start(); start()\n"
         "import structlog, rich.console\n"
         "assert structlog.dev.rich is None\n"
+    )
+    assert run_python("-c", code).returncode == 0
+
+
+def test_what_is_imported_lazily_is_the_module_itself_once_it_is_used() -> None:
+    code = (
+        "import sys\n"
+        "from kvmd.cli.startup import import_lazily\n"
+        "import_lazily()\n"
+        "import asyncio as before\n"
+        "import ssl\n"
+        "import asyncio\n"
+        "assert 'asyncio.events' not in sys.modules and '_ssl' not in sys.modules\n"
+        "assert ssl.SSLContext is sys.modules['ssl'].SSLContext and '_ssl' in sys.modules\n"
+        "import asyncio.subprocess\n"
+        "assert before.run is sys.modules['asyncio'].run is asyncio.run\n"
+        "from asyncio import *\n"
+        "assert Future is asyncio.Future\n"
+        "assert not hasattr(before, 'no_such_thing')\n"
     )
     assert run_python("-c", code).returncode == 0
 

@@ -8,7 +8,7 @@ import termios
 
 import pytest
 
-from kvmd.ctl.figures import Counted, HotPages, Rates
+from kvmd.ctl.figures import Counted, Hot, HotPages, Rates
 from kvmd.ranges import GpaRange, PageState
 from tests.ctl.conftest import Kvmctl
 from tests.ctl.running import on_terminal, with_pipes
@@ -49,19 +49,36 @@ def test_rates() -> None:
     assert rates.row("one", "running", 14.0, counted(100)).to_shared == 0
 
 
-def test_what_is_hot_cools_down() -> None:
-    hot = HotPages()
-    hot.add("one", [{"gpa": "0x1000", "size": 4096, "outcome": "converted"}] * 4)
-    hot.add("one", [{"gpa": "0x2000", "size": 4096, "outcome": "spurious"}] * 9)
-    hot.age()
-    hot.add("two", [{"gpa": "0x3000", "size": 8192, "outcome": "converted"}] * 3)
-    assert [(each.machine, each.gpa, each.times) for each in hot.hottest()] == [
-        ("two", "0x3000", 3),
-        ("one", "0x1000", 2),
+def hot(*ranges: tuple[str, int]) -> dict[str, object]:
+    return {"hottest": [{"gpa": gpa, "size": 4096, "count": count, "overcount": 0} for gpa, count in ranges]}
+
+
+def test_what_grows_is_hotter_than_what_was_hot() -> None:
+    pages = HotPages()
+    pages.begin()
+    pages.add("one", 10.0, hot(("0x1000", 500), ("0x2000", 7)))
+    pages.add("two", 10.0, hot(("0x3000", 600)))
+    assert [(each.machine, each.gpa) for each in pages.hottest()] == [
+        ("two", "0x3000"),
+        ("one", "0x1000"),
+        ("one", "0x2000"),
     ]
-    for _ in range(8):
-        hot.age()
-    assert hot.hottest() == []
+    pages.begin()
+    pages.add("one", 12.0, hot(("0x1000", 500), ("0x2000", 17)))
+    (first, *others) = pages.hottest()
+    assert first == Hot("one", "0x2000", 4096, 17, 5.0)
+    assert [each.per_second for each in others] == [0.0]
+    # Another machine of that name begins anew, and so does one that was away.
+    pages.begin()
+    pages.add("one", 13.0, hot(("0x2000", 3)))
+    pages.add("two", 13.0, hot(("0x3000", 900)))
+    assert [each.per_second for each in pages.hottest()] == [0.0, 0.0]
+
+
+def test_no_more_than_a_few_are_shown() -> None:
+    pages = HotPages()
+    pages.add("one", 1.0, hot(*((hex(number << 12), number) for number in range(9))))
+    assert [each.times for each in pages.hottest()] == [8, 7, 6, 5, 4]
 
 
 def test_top_for_programs(kvmctl: Kvmctl, daemon: Daemon, guest: str) -> None:
@@ -71,7 +88,7 @@ def test_top_for_programs(kvmctl: Kvmctl, daemon: Daemon, guest: str) -> None:
     assert machine["name"] == guest
     assert machine["shared_bytes"] == 0x10000
     assert machine["waiting_us"] == {"p50": 1.0, "p99": 1.0}
-    assert look["hottest"][0] == {"machine": "one", "gpa": "0x5000", "size": 4096, "count": 2.0}
+    assert look["hottest"][0] == {"machine": "one", "gpa": "0x5000", "size": 4096, "count": 4, "per_second": 0.0}
 
 
 def test_top_in_a_pipe(daemon: Daemon, kvmctl: Kvmctl, guest: str) -> None:

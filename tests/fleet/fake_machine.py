@@ -24,9 +24,26 @@ from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
 from kvmd.stop import Stop, StopReason
 from kvmd.units import PAGE_SIZE, page_ceil, page_floor
+from kvmd.virtio.host_port import HostPort
 
 FIRST_FREE = 1 << 20
 _TICK_SECONDS = 0.001
+
+
+class FakeBalloon:
+    """A guest that does without half of what it is asked for."""
+
+    def __init__(self, target_bytes: int) -> None:
+        self.target_bytes = target_bytes
+        self.discarded_bytes = 0
+
+    @property
+    def actual_bytes(self) -> int:
+        return self.target_bytes // 2
+
+    def set_target(self, size_bytes: int) -> None:
+        self.target_bytes = size_bytes
+        self.discarded_bytes += size_bytes // 2
 
 
 class FakeMachine:
@@ -42,6 +59,9 @@ class FakeMachine:
         self.mmio = MmioCounter()
         self.pinned = GpaRange(0, FIRST_FREE)
         self.memory = self
+        self.agent = HostPort() if spec.agent else None
+        self.balloon = FakeBalloon(spec.balloon_target) if spec.balloon else None
+        self.power_button = self._shut_down if spec.kernel is not None else None
         self.state = "created"
         self._map = PageStateMap(spec.memory, PageState.PRIVATE)
         self._page = FIRST_FREE
@@ -56,6 +76,15 @@ class FakeMachine:
 
     async def run(self) -> Stop:
         self.state = "running"
+        async with trio.open_nursery() as nursery:
+            if self.agent is not None:
+                nursery.start_soon(_be_agent, self.agent)
+            stop = await self._run()
+            nursery.cancel_scope.cancel()
+        self.state = "stopped"
+        return stop
+
+    async def _run(self) -> Stop:
         for byte in b"echo: type\n":
             self.console.put(byte)
         while self._stop is None:
@@ -72,8 +101,19 @@ class FakeMachine:
                     self._convert(PageState.PRIVATE)
             with trio.move_on_after(_TICK_SECONDS):
                 await self._changed.wait()
-        self.state = "stopped"
         return self._stop
+
+    def _shut_down(self) -> None:
+        """Do what a guest does whose power button is pressed; one that is called stubborn says no."""
+        if self.spec.name.startswith("stubborn"):
+            for byte in b"no\n":
+                self.console.put(byte)
+        elif self._stop is None:
+            self._stop = Stop.because(StopReason.GUEST_POWER_OFF, "the guest powered off")
+        self._wake()
+
+    def held_bytes(self) -> int:
+        return self.spec.memory // 4
 
     def _obey(self, command: str) -> None:
         match command:
@@ -154,6 +194,15 @@ class FakeMachine:
     def _need(self, action: str, needed: str) -> None:
         if self.state != needed:
             raise MachineStateError(action, needed=needed, found=self.state)
+
+
+async def _be_agent(port: HostPort) -> None:
+    """Answer what the host says in capitals; "deaf" makes it never listen again."""
+    while True:
+        visit, data = await port.take()
+        if data == b"deaf":
+            await trio.sleep_forever()
+        await port.deliver(visit, data.upper())
 
 
 def open_fake(spec: MachineSpec, *, files: Sequence[int] = ()) -> FakeMachine:

@@ -16,8 +16,9 @@ import msgspec
 import trio
 
 from kvmd.conversion.hottest import HottestRanges
-from kvmd.errors import ImageError, MachineExists, MachineStateError, UnknownMachine
+from kvmd.errors import DeviceInUse, ImageError, MachineExists, MachineStateError, NoSuchDevice, UnknownMachine
 from kvmd.fleet.base import (
+    Balloon,
     Counters,
     Event,
     EventStream,
@@ -107,7 +108,9 @@ class FakeGuest:
     page: int = 1 << 20
     pinned: GpaRange | None = None
     stubborn: bool = False
-    """A guest that does not stop when asked."""
+    """A guest that does not stop when asked, nor shuts down."""
+    balloon_target: int | None = None
+    agent: FakeAgent | None = None
 
     @property
     def name(self) -> str:
@@ -185,6 +188,8 @@ class FakeGuest:
         self.console.end()
         self.log.end()
         self.take_input()
+        if self.agent is not None:
+            self.agent.end()
 
     def change(self, change: str, state: MachineState, **fields: object) -> None:
         self.info = msgspec.structs.replace(self.info, state=state, **fields)
@@ -432,6 +437,52 @@ class FakeFleet:
         yield FakeConsole(self.guest(name))
 
     @asynccontextmanager
+    async def agent(self, name: str) -> AsyncIterator[FakeAgent]:
+        await trio.lowlevel.checkpoint()
+        guest = self.guest(name)
+        guest.need("talk to the agent", "created", "running", "paused")
+        if not guest.info.spec.agent:
+            raise NoSuchDevice("the machine has no port for an agent: Linux guests have one with agent = NAME")
+        if guest.agent is not None:
+            raise DeviceInUse("somebody else talks to the agent: it has one connection at a time")
+        guest.agent = FakeAgent(guest)
+        try:
+            yield guest.agent
+        finally:
+            guest.agent = None
+
+    async def press_power_button(self, name: str) -> MachineInfo:
+        await trio.lowlevel.checkpoint()
+        guest = self.guest(name)
+        if guest.info.spec.kernel is None:
+            raise NoSuchDevice("the machine has no power button: Linux guests have one")
+        guest.need("press the power button", "running")
+        if not guest.stubborn and not guest.name.startswith("stubborn"):
+            guest.end("guest-power-off", status=0)
+        return guest.info
+
+    async def balloon(self, name: str) -> Balloon:
+        await trio.lowlevel.checkpoint()
+        guest = self.guest(name)
+        guest.need("reach the balloon", "created", "running", "paused")
+        spec = guest.info.spec
+        if not spec.balloon:
+            raise NoSuchDevice("the machine has no balloon: Linux guests have one with balloon = true")
+        target = spec.balloon_target if guest.balloon_target is None else guest.balloon_target
+        changed = guest.balloon_target is not None
+        return Balloon(target, target // 2, target // 2 if changed else 0, spec.memory // 4)
+
+    async def set_balloon(self, name: str, target_bytes: int) -> Balloon:
+        await self.balloon(name)
+        guest = self.guest(name)
+        if target_bytes % PAGE_SIZE or not 0 <= target_bytes < guest.info.spec.memory:
+            raise ValueError(
+                f"target: {target_bytes} is not a number of whole pages below the {guest.info.spec.memory} of memory"
+            )
+        guest.balloon_target = target_bytes
+        return await self.balloon(name)
+
+    @asynccontextmanager
     async def console_output(
         self, name: str, *, start: int = 0, follow: bool = True
     ) -> AsyncIterator[AsyncIterator[OutputPart]]:
@@ -444,6 +495,31 @@ class FakeFleet:
     ) -> AsyncIterator[AsyncIterator[OutputPart]]:
         await trio.lowlevel.checkpoint()
         yield self.guest(name).log.follow(start, follow=follow)
+
+
+class FakeAgent:
+    """A connection to an agent that answers in capitals; "deaf" makes it never listen again."""
+
+    def __init__(self, guest: FakeGuest) -> None:
+        self._guest = guest
+        self.deaf = False
+        self._send, self._receive = trio.open_memory_channel[bytes](0)
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            return b""
+
+    async def send(self, data: bytes) -> None:
+        if data == b"deaf":
+            self.deaf = True
+            await trio.sleep_forever()
+        self._guest.need("talk to the agent", "created", "running", "paused")
+        await self._send.send(data.upper())
+
+    def end(self) -> None:
+        self._send.close()
 
 
 class FakeConsole:

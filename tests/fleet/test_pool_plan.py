@@ -6,7 +6,7 @@ from kvmd.fleet.pool_plan import PoolPlan
 def starts(plan: PoolPlan) -> list[int]:
     """Start as many units as the plan wants."""
     found = []
-    while (number := plan.start_one()) is not None:
+    while (number := plan.start_one(spares=True)) is not None:
         found.append(number)
     return found
 
@@ -86,3 +86,20 @@ def test_with_fewer_spare_ones_the_last_to_come_goes() -> None:
     assert plan.surplus() == 2
     assert plan.surplus() is None
     assert plan.waiting == 1
+
+
+def test_spares_can_wait_and_those_that_are_asked_for_cannot() -> None:
+    plan = PoolPlan(2, most_starting=4)
+    assert plan.start_one(spares=False) is None
+    plan.ask()
+    assert plan.start_one(spares=False) == 1
+    assert plan.start_one(spares=False) is None
+    # Nor do spares take the processors from the one that somebody waits for.
+    assert plan.start_one(spares=True) is None
+    assert plan.came(1)
+    assert [plan.start_one(spares=True) for _ in range(3)] == [2, 3, None]
+    assert plan.take() == 1
+    plan.give_up()
+    plan.ask()
+    # Two are on their way already.
+    assert plan.start_one(spares=False) is None

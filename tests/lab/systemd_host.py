@@ -21,6 +21,8 @@ CGROUP = Path("/sys/fs/cgroup/kvmdtest")
 PATIENCE_SECONDS = 300
 """Far more than anything takes, in a lab whose host is busy."""
 
+_SOCKET = "/run/kvmd/kvmd.sock"
+_VIEW_SOCKET = "/run/kvmd/view.sock"
 _LOOK_SECONDS = 0.1
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ class SystemdHost:
     @property
     def api(self) -> Path:
         """The API's socket."""
-        return self.root / "run/kvmd/kvmd.sock"
+        return self.root / _SOCKET.lstrip("/")
 
     def run(self, *command: str) -> str:
         """Run a command inside, as root, and return what it printed."""
@@ -63,6 +65,21 @@ class SystemdHost:
         status, answer = ask(self.api, method, target, body, seconds=PATIENCE_SECONDS)
         assert 200 <= status < 300, answer
         return answer
+
+    def status_for(self, user: tuple[int, int], method: str, target: str) -> int:
+        """Return the status that a user and group get at the viewers' socket."""
+        uid, gid = user
+        credentials = [f"--reuid={uid}", f"--regid={gid}", "--clear-groups"]
+        request = f"{method} {target} HTTP/1.1\r\nHost: kvmd\r\n\r\n"
+        program = f"import socket; s = socket.socket(1); s.connect({_VIEW_SOCKET!r}); s.sendall({request.encode()!r})"
+        program += "; print(s.recv(99).split()[1].decode())"
+        return int(self.run("setpriv", *credentials, "/usr/bin/python3", "-S", "-c", program))
+
+    def waiting(self) -> int:
+        """Return how many units wait for a machine."""
+        running = "list-units", "--plain", "--no-legend", "--state=active", "kvmd-machine@*"
+        units = [line.split()[0] for line in self.run("systemctl", *running).splitlines()]
+        return sum(self.shown(unit, "StatusText") == "waits for a machine" for unit in units)
 
     def machine(self, name: str) -> Any:
         """Return a machine as the API shows it."""
@@ -134,7 +151,11 @@ def booted(scratch: Path) -> Iterator[SystemdHost]:
 
             host = SystemdHost(until(init))
             until(host.api.exists)
-            yield host
+            try:
+                yield host
+            finally:
+                # pytest shows it where a test has failed.
+                sys.stdout.write(host.run("journalctl", "--no-pager", "--boot", "--lines=200"))
         finally:
             # The kernel ends all of a namespace with its PID 1.
             boot.kill()

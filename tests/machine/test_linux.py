@@ -5,16 +5,20 @@ Real kernels run in tests/lab/test_linux.py.
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 import trio
 
-from kvmd.errors import ConfigError, ImageError, KvmdError
+from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
 from kvmd.machine import Machine
+from kvmd.network.own_thread import in_own_thread
+from kvmd.network.tap import Tap
 from kvmd.spec import spec_of
 from kvmd.stop import Stop, StopReason
 from tests.linux.kernels import bzimage, running, vmlinux
+from tests.own_network import CAP_NET_ADMIN, keep_capabilities, own_network
 
 pytestmark = pytest.mark.kvm
 
@@ -137,6 +141,7 @@ async def _stop_when_running(machine: Machine) -> None:
         ({"initrd": "large"}, ImageError, "the initrd of 64 MiB does not fit"),
         ({"memory": "8M"}, ImageError, "8 MiB of memory are too few"),
         ({"cmdline": "x" * 3000}, ConfigError, "cmdline: 3000 characters"),
+        ({"kernel": "short"}, ImageError, "the kernel is truncated: it says that it has"),
         ({"disks": [{"path": "nothing"}]}, ConfigError, "there is no such file"),
         ({"disks": [{"path": "odd"}]}, ConfigError, "512"),
         ({"disks": [{"path": "disk"}, {"path": "disk"}]}, ConfigError, "locked"),
@@ -148,8 +153,71 @@ def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
 ) -> None:
     (tmp_path / "large").write_bytes(bytes(64 << 20))
     (tmp_path / "odd").write_bytes(bytes(700))
+    (tmp_path / "short").write_bytes(bzimage()[:-1000])
     (tmp_path / "disk").write_bytes(bytes(1024))
     before = sorted(Path("/proc/self/fd").iterdir())
     with pytest.raises(error, match=part):
         host.open(bzimage(), **keys)
     assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+@own_network
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("network", "capabilities", "part"),
+    [
+        ({"bridge": "br9"}, [CAP_NET_ADMIN], "there is no bridge br9"),
+        (
+            {"kind": "made-bridge", "bridge": "vms", "tap": "taken"},
+            [CAP_NET_ADMIN],
+            "there is an interface taken already",
+        ),
+        ({"kind": "made-bridge", "bridge": "vms"}, [], "no CAP_NET_ADMIN"),
+    ],
+)
+def test_a_network_that_cannot_be_undoes_the_rest(
+    host: Host, tmp_path: Path, network: dict[str, object], capabilities: list[int], part: str
+) -> None:
+    (tmp_path / "disk").write_bytes(bytes(1024))
+    others = {"disks": [{"path": "disk"}], "balloon": True, "agent": "agent", "entropy": True}
+
+    def refused() -> None:
+        keep_capabilities(*capabilities)
+        before = sorted(Path("/proc/self/fd").iterdir())
+        with pytest.raises(HostError, match=part) as caught:
+            host.open(bzimage(), networks=[network], **others)
+        assert "\n" not in str(caught.value)
+        assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+    with Tap.make("taken"):
+        in_own_thread(refused)
+        assert {name for _, name in socket.if_nameindex()} == {"lo", "taken"}
+    # The disk is not locked any more.
+    host.open(bzimage(), **others).close()
+
+
+def test_a_pause_is_one_of_the_devices_too(host: Host) -> None:
+    with host.open(running(HLT + HANG), entropy=True, agent="agent", balloon=True, balloon_target="1M") as machine:
+        assert machine.balloon is not None
+        assert machine.balloon.target_bytes == 1 << 20
+        assert machine._devices is not None
+        devices = machine._devices.virtio
+
+        async def paused() -> None:
+            while machine.state != "running":
+                await trio.lowlevel.checkpoint()
+            await machine.pause()
+            assert [(device.standstill.taking, device.standstill.giving) for device in devices] == [(False, False)] * 3
+            await machine.resume()
+            assert [(device.standstill.taking, device.standstill.giving) for device in devices] == [(True, True)] * 3
+            assert machine.power_button is not None
+            machine.power_button()  # nobody listens
+            machine.stop()
+
+        async def main() -> Stop:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(paused)
+                with trio.fail_after(SECONDS):
+                    return await machine.run()
+
+        assert trio.run(main).reason is StopReason.OPERATOR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from kvmd.guests import GUESTS
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.control import CLIENTS_LIMIT, STREAMS_LIMIT, ControlServer
-from kvmd.machine_process.folder import MachineFolder, listen_in
+from kvmd.machine_process.folder import END, EndFile, MachineFolder, listen_in
 from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.host import MachineHost
 from kvmd.machine_process.messages import (
@@ -52,12 +53,16 @@ SECONDS = 30
 
 
 @asynccontextmanager
-async def hosted(path: Path) -> AsyncIterator[MachineFolder]:
+async def hosted(
+    path: Path, *, name: str = "guest", linux: bool = False, shutdown_seconds: float = SECONDS
+) -> AsyncIterator[MachineFolder]:
     """Host a fake machine until the block ends."""
-    spec = MachineSpec(image=GUESTS["echo"].path, name="guest", memory=4 << 20)
+    kind = {"kernel" if linux else "image": GUESTS["echo"].path}
+    spec = MachineSpec(**kind, name=name, memory=4 << 20)  # type: ignore[arg-type]
     with MachineFolder.open(path) as folder, trio.fail_after(SECONDS):
         log = structlog.get_logger()
-        host = MachineHost(FakeMachine(spec), folder, log_buffer=LogBuffer(is_terminal=False), log=log)
+        buffer = LogBuffer(is_terminal=False)
+        host = MachineHost(FakeMachine(spec), folder, log_buffer=buffer, log=log, shutdown_seconds=shutdown_seconds)
         server = ControlServer(listen_in(folder), os.getpid(), 1)
         ready = trio.Event()
         async with trio.open_nursery() as nursery:
@@ -72,6 +77,39 @@ async def raw(folder: MachineFolder) -> AsyncIterator[trio.SocketStream]:
     """Connect without speaking the protocol."""
     async with await trio.open_unix_socket(folder.control) as stream:
         yield stream
+
+
+@pytest.mark.parametrize(
+    ("name", "signals", "seconds", "reason"),
+    [
+        ("guest", 1, 1000.0, "guest-power-off"),
+        ("stubborn", 1, 0.05, "operator"),
+        ("stubborn", 2, 1000.0, "operator"),
+    ],
+)
+async def test_a_signal_shuts_a_guest_down_that_has_a_power_button(
+    tmp_path: Path, name: str, signals: int, seconds: float, reason: str
+) -> None:
+    async with (
+        hosted(tmp_path, name=name, linux=True, shutdown_seconds=seconds) as folder,
+        await ControlClient.connect(folder) as client,
+        await ControlClient.connect(folder) as console,
+    ):
+        await client.ask(AskStart(), Status)
+        await console.send(FollowOutput("console", 0))
+        said = b""
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while name == "stubborn" and b"no\n" not in said:
+                answer = await console.receive()
+                assert isinstance(answer, OutputPiece)
+                said += answer.data
+        while await client.receive() is not None:
+            pass
+    with MachineFolder.open(tmp_path) as folder:
+        end = folder.read(END, EndFile)
+    assert end is not None
+    assert end.reason == reason
 
 
 async def test_the_socket_is_for_its_owner_alone(tmp_path: Path) -> None:

@@ -55,10 +55,13 @@ def test_it_may_have_huge_pages_where_both_addresses_are_aligned(memory: Anonymo
 
 
 def test_a_discard_gives_the_memory_back_and_leaves_zeros(memory: AnonymousMemory) -> None:
+    assert memory.held_bytes() == 0
     memory.write(0, b"x" * SIZE)
     assert held_kib(memory) == SIZE // 1024
+    assert memory.held_bytes() == SIZE
     memory.discard(GpaRange(HUGE, SIZE))
     assert held_kib(memory) == (SIZE - HUGE) // 1024
+    assert memory.held_bytes() == SIZE - HUGE
     assert memory.read(0, SIZE) == b"x" * HUGE + bytes(SIZE - HUGE)
     memory.discard(GpaRange(PAGE_SIZE, 2 * PAGE_SIZE))
     assert memory.read(0, 3 * PAGE_SIZE) == b"x" * PAGE_SIZE + bytes(PAGE_SIZE) + b"x" * PAGE_SIZE
@@ -75,6 +78,7 @@ def test_closing_twice_is_harmless_and_closed_memory_is_refused() -> None:
     address = memory.address
     memory.close()
     memory.close()
+    assert memory.held_bytes() == 0
     assert f"\n{address:x}-" not in Path("/proc/self/maps").read_text()
     with pytest.raises(IndexError, match="or it is closed"):
         memory.read(0, 1)

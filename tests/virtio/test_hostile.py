@@ -22,17 +22,13 @@ from kvmd.virtio.console import ConsoleDevice
 from kvmd.virtio.device import DeviceModel
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.entropy import EntropyDevice
+from kvmd.virtio.host_port import HostPort
 from kvmd.virtio.net import NetworkDevice
 from tests.virtio.driver import SIZE, WATCHDOG_SECONDS, Driver, DriverQueue, Memory, driven, guest_memory
 from tests.virtio.wire import MAC, wire
 
-
-async def swallow(_data: bytes) -> None:
-    await trio.lowlevel.checkpoint()
-
-
 DEVICES = ["block", "net", "entropy", "console", "balloon"]
-BUSY_QUEUE = {"block": 0, "net": 1, "entropy": 0, "console": 1, "balloon": 0}
+BUSY_QUEUE = {"block": 0, "net": 1, "entropy": 0, "console": 5, "balloon": 0}
 """A queue that each device serves without anything from outside."""
 
 
@@ -54,7 +50,7 @@ async def hostile(kind: str, folder: Path, *, converts: bool = False) -> AsyncIt
             case "entropy":
                 model = EntropyDevice()
             case "console":
-                model = ConsoleDevice(swallow)
+                model = ConsoleDevice(HostPort(), "agent")
             case _:
                 model = BalloonDevice(memory.accessor.discard)
         async with driven(model, memory) as driver:

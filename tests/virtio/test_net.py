@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import struct
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -307,22 +305,8 @@ async def test_frames_without_headers_where_the_host_has_none(memory: Memory) ->
             assert await net.received() == bytes(10) + b"\1\0bare, too"
 
 
-def missing_namespace() -> str | None:
-    """Return why no tap can be made in a network namespace of our own, or None."""
-    if not Path("/dev/net/tun").exists():
-        return "there is no /dev/net/tun"
-    for tool in ("unshare", "ip"):
-        if shutil.which(tool) is None:
-            return f"there is no {tool}"
-    probe = ["unshare", "-n", "ip", "tuntap", "add", "kvmdtest0", "mode", "tap"]
-    done = subprocess.run(probe, check=False, capture_output=True, text=True)  # noqa: S603 - written here
-    return f"no tap can be made: {done.stderr.strip()[:100]}" if done.returncode else None
-
-
+@pytest.mark.network
 async def test_a_tap_in_a_network_namespace() -> None:
-    missing = missing_namespace()
-    if missing is not None:
-        pytest.skip(missing)
     command = ["unshare", "-n", sys.executable, "-m", "tests.virtio.tap_side"]
     root = Path(__file__).parent.parent.parent
     done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False, cwd=root)

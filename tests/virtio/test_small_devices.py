@@ -9,7 +9,6 @@ import trio
 from kvmd.ranges import GpaRange
 from kvmd.units import PAGE_SIZE
 from kvmd.virtio.balloon import BalloonDevice
-from kvmd.virtio.console import ConsoleDevice
 from kvmd.virtio.entropy import ANSWER_BYTES, EntropyDevice
 from tests.virtio.driver import Memory, driven, guest_memory
 
@@ -35,27 +34,6 @@ async def test_entropy_fills_what_is_asked_for_and_no_more_than_a_page(memory: M
             data = memory.read(gpa, asked)
             assert len(set(data[:written])) > 20
             assert data[written:] == bytes(asked - written)
-
-
-async def test_console_carries_bytes_both_ways(memory: Memory) -> None:
-    send, receive = trio.open_memory_channel[bytes](0)
-    async with driven(model := ConsoleDevice(send.send), memory) as driver, trio.open_nursery() as nursery:
-        driver.start()
-        gpa = memory.allocate(8192)
-        memory.write(gpa, b"hello from the guest")
-        driver.queues[1].offer([(gpa, 5), (gpa + 5, 15)])
-        driver.queues[1].kick()
-        assert await receive.receive() == b"hello from the guest"
-        await driver.queues[1].completed()
-
-        nursery.start_soon(model.send, b"hello from the host")
-        for piece in (b"hello from ", b"the host"):
-            driver.queues[0].offer((), [(gpa, 11)])
-            driver.queues[0].kick()
-            ((_, written),) = await driver.queues[0].completed()
-            assert memory.read(gpa, written) == piece
-    send.close()
-    receive.close()
 
 
 async def test_balloon_gives_inflated_and_reported_pages_back(memory: Memory) -> None:

@@ -56,13 +56,7 @@ def router(services: Services) -> APIRouter:
         """The console, both ways: ask with `Connection: upgrade` and `Upgrade: kvmd-console`."""
         caller_of(request).need_operator("type into consoles")
         fleet.machine(name)
-        offered = str(request.scope["extensions"].get(UPGRADE, ""))
-        if PROTOCOL not in (name.strip().lower() for name in offered.split(",")):
-            raise Problem(
-                ProblemType.UPGRADE_REQUIRED,
-                f"ask with Connection: upgrade and Upgrade: {PROTOCOL}",
-                headers=((b"upgrade", PROTOCOL.encode()), (b"connection", b"upgrade")),
-            )
+        need_upgrade(request, PROTOCOL)
         return ConsoleConnection(partial(fleet.console, name), PROTOCOL)
 
     @routes.get(
@@ -127,6 +121,21 @@ def router(services: Services) -> APIRouter:
         return _output(request, fleet, name, opened, _start(from_, last_event_id), raw="application/x-ndjson")
 
     return routes
+
+
+def need_upgrade(request: Request, protocol: str) -> None:
+    """Refuse a client that does not offer to go on with the protocol.
+
+    Raises:
+        Problem: ``upgrade-required``.
+    """
+    offered = str(request.scope["extensions"].get(UPGRADE, ""))
+    if protocol not in (name.strip().lower() for name in offered.split(",")):
+        raise Problem(
+            ProblemType.UPGRADE_REQUIRED,
+            f"ask with Connection: upgrade and Upgrade: {protocol}",
+            headers=((b"upgrade", protocol.encode()), (b"connection", b"upgrade")),
+        )
 
 
 def _output(

@@ -10,8 +10,9 @@ from fastapi.responses import Response
 from kvmd.api.filters import ADDRESS, Wanted, address
 from kvmd.api.models import Conversions, MachineCounters, MemoryMap
 from kvmd.api.openapi import problems
-from kvmd.api.pages import CONVERSIONS_DEFAULT, RANGES_DEFAULT, conversions, last_conversions, memory_map
+from kvmd.api.pages import RANGES_DEFAULT, memory_map
 from kvmd.api.problems import Problem, ProblemType
+from kvmd.api.queries import From, Last, Limit, Ranges, Since, conversions_asked
 from kvmd.api.routes.query import StrictRoute
 from kvmd.api.services import Services, caller_of, json_response
 from kvmd.fleet.base import counters_document
@@ -20,8 +21,6 @@ from kvmd.units import MIB
 READ_LIMIT = MIB
 """Bytes of memory in one answer."""
 
-RANGES_LIMIT = 65536
-CONVERSIONS_LIMIT = 4096
 Address = Annotated[str, Query(pattern=ADDRESS, description="hexadecimal with 0x, or not")]
 _UNKNOWN = problems(ProblemType.UNKNOWN_MACHINE)
 _LIVE = problems(ProblemType.UNKNOWN_MACHINE, ProblemType.WRONG_STATE)
@@ -33,11 +32,7 @@ def router(services: Services) -> APIRouter:
     routes = APIRouter(prefix="/machines/{name}", tags=["memory"], route_class=StrictRoute)
 
     @routes.get("/memory/map", response_model=MemoryMap, responses=_LIVE, operation_id="get_memory_map")
-    async def get_memory_map(
-        name: str,
-        from_: Annotated[str, Query(alias="from", pattern=ADDRESS)] = "0x0",
-        limit: Annotated[int, Query(ge=1, le=RANGES_LIMIT)] = RANGES_DEFAULT,
-    ) -> Response:
+    async def get_memory_map(name: str, from_: From = "0x0", limit: Ranges = RANGES_DEFAULT) -> Response:
         """The state of memory, as ranges from the one that holds `from`."""
         return json_response(await memory_map(fleet, name, address(from_), limit))
 
@@ -70,20 +65,12 @@ def router(services: Services) -> APIRouter:
     async def list_conversions(
         name: str,
         wanted: Wanted,
-        since: Annotated[int, Query(ge=0, lt=1 << 63, description="a sequence number: those above it")] = 0,
-        limit: Annotated[
-            int | None, Query(ge=1, le=CONVERSIONS_LIMIT, description="the first so many; by default 256")
-        ] = None,
-        last: Annotated[int | None, Query(ge=1, le=CONVERSIONS_LIMIT, description="the last so many instead")] = None,
+        since: Since = 0,
+        limit: Limit = None,
+        last: Last = None,
     ) -> Response:
         """Recent conversions, oldest first; `next` is the `since` of the next page."""
-        if last is None:
-            return json_response(await conversions(fleet, name, since, limit or CONVERSIONS_DEFAULT, wanted))
-        if limit is not None:
-            mistake = {"where": "query.last", "problem": "it takes the place of limit"}
-            detail = "query.last: it takes the place of limit"
-            raise Problem(ProblemType.INVALID_REQUEST, detail, more={"errors": [mistake]})
-        return json_response(await last_conversions(fleet, name, since, last, wanted))
+        return json_response(await conversions_asked(fleet, name, wanted, since, limit, last))
 
     @routes.get("/counters", response_model=MachineCounters, responses=_UNKNOWN, operation_id="get_counters")
     async def get_counters(name: str) -> Response:

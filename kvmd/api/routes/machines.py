@@ -28,7 +28,8 @@ Seconds = Annotated[float, Query(ge=0, le=WAIT_LIMIT_SECONDS, description="how l
 States = Annotated[list[MachineState], Query(min_length=1, max_length=8, description="any of these will do")]
 
 _UNKNOWN = problems(ProblemType.UNKNOWN_MACHINE)
-_ACTING = problems(ProblemType.UNKNOWN_MACHINE, ProblemType.WRONG_STATE, ProblemType.BACKEND_FAILED)
+_ACTING_PROBLEMS = (ProblemType.UNKNOWN_MACHINE, ProblemType.WRONG_STATE, ProblemType.BACKEND_FAILED)
+_ACTING = problems(*_ACTING_PROBLEMS)
 
 
 def router(services: Services) -> APIRouter:  # noqa: C901 - one small function for each method of a resource
@@ -117,22 +118,36 @@ def router(services: Services) -> APIRouter:  # noqa: C901 - one small function 
         info = await unless_over(request, wait)
         return (fleet.machine(name), False) if info is None else (info, True)
 
-    def action(name: str, act: Callable[[str], Awaitable[MachineInfo]], summary: str, description: str) -> None:
+    def action(
+        name: str, act: Callable[[str], Awaitable[MachineInfo]], summary: str, description: str, *more: ProblemType
+    ) -> None:
         async def endpoint(name: str) -> Response:
             return json_response(machine_document(await act(name)))
 
         routes.post(
             f"/{{name}}/{name}",
             response_model=Machine,
-            responses=_ACTING,
-            operation_id=f"{name}_machine",
+            responses=problems(*_ACTING_PROBLEMS, *more),
+            operation_id=f"{name.replace('-', '_')}_machine",
             summary=summary,
             description=description,
         )(endpoint)
 
     action("start", fleet.start, "Start Machine", "Run a machine that is created.")
-    action("pause", fleet.pause, "Pause Machine", "Take a running machine's vCPUs out of the guest.")
+    action(
+        "pause",
+        fleet.pause,
+        "Pause Machine",
+        "Take a running machine's vCPUs out of the guest; devices rest.",
+    )
     action("resume", fleet.resume, "Resume Machine", "Let a paused machine's vCPUs in again.")
+    action(
+        "power-button",
+        fleet.press_power_button,
+        "Press Power Button",
+        "Ask a running Linux guest to shut down. What it does about it is its own business: wait for `stopped`.",
+        ProblemType.NO_SUCH_DEVICE,
+    )
     action("kill", fleet.kill, "Kill Machine", "End a machine's process at once, unless it is stopped.")
 
     @routes.post(

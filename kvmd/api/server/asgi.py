@@ -15,6 +15,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+HUNG_UP = "kvmd.hung_up"
+"""Extension: an async function that returns once the client neither sends nor reads any more, whatever of it is still
+unread."""
+
 VERSIONS = {"version": "3.0", "spec_version": "2.3"}
 
 PEER = "kvmd.peer"

@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from kvmd.api.problems import MEDIA_TYPE, Problem, ProblemType, of_status
-from kvmd.api.server.asgi import DRAINING, PASSED_FILE, PEER, UPGRADE, VERSIONS, App, Scope
+from kvmd.api.server.asgi import DRAINING, HUNG_UP, PASSED_FILE, PEER, UPGRADE, VERSIONS, App, Scope
 from kvmd.api.server.exchange import Exchange
 from kvmd.api.server.limits import Limits
 from kvmd.api.server.peer import Peer
@@ -161,7 +161,11 @@ class Connection:
             path = unquote_to_bytes(raw_path).decode()
         except UnicodeDecodeError as error:
             raise Problem(ProblemType.BAD_REQUEST, "the request's path is not UTF-8 text") from error
-        extensions: dict[str, object] = {PEER: self._peer, DRAINING: self._draining}
+        extensions: dict[str, object] = {
+            PEER: self._peer,
+            DRAINING: self._draining,
+            HUNG_UP: self._wire.wait_hung_up,
+        }
         if self._wire.passed:
             extensions[PASSED_FILE] = self._wire.passed.pop(0)
         headers = list(request.headers)

@@ -55,10 +55,10 @@ def listening(path: Path, *, group: int | None = None) -> Iterator[trio.socket.S
         try:
             try:
                 if group is not None:
-                    os.chown(path, -1, group, follow_symlinks=False)
+                    give(path, group)
                 path.chmod(MODE)
             except OSError as error:
-                raise HostError(f"cannot give the socket {path} to group {group}: {error.strerror}") from error
+                raise HostError(f"cannot open the socket {path} to its group: {error.strerror}") from error
             listener.listen(_BACKLOG)
             yield trio.socket.from_stdlib_socket(listener)
         finally:
@@ -66,6 +66,18 @@ def listening(path: Path, *, group: int | None = None) -> Iterator[trio.socket.S
                 found = path.lstat()
                 if (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
                     path.unlink()
+
+
+def give(path: Path, group: int | None) -> None:
+    """Give a socket to another group; None stands for this process's.
+
+    Raises:
+        HostError: this process may not.
+    """
+    try:
+        os.chown(path, -1, os.getegid() if group is None else group, follow_symlinks=False)
+    except OSError as error:
+        raise HostError(f"cannot give the socket {path} to group {group}: {error.strerror}") from error
 
 
 @contextmanager
