@@ -33,10 +33,9 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lab-test: $(READY) ## Run the tests that need private memory, and Linux guests, in the lab
+lab-test: $(READY) ## Run the tests that need private memory, in the lab
 	lab/setup
 	lab/test
-	$(MAKE) lab-linux
 	$(MAKE) lab-systemd
 
 # On one of the lab's processors: lab/README.md, Traps. The lab cannot keep bytecode, and takes minutes to make it.
