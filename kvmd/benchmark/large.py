@@ -33,7 +33,8 @@ from kvmd.stop import StopReason
 from kvmd.units import GIB, MIB, PAGE_SIZE, format_size
 
 TARGET = 1.3
-"""What a conversion of 1 GiB may cost at most, in bare loops."""
+"""What a conversion of 1 GiB may cost at most, in bare loops, where KVM has private memory; one page that is asked for
+meanwhile may wait for one chunk."""
 
 _CHUNK = Limits().chunk_bytes
 _LARGE = GIB
@@ -84,7 +85,8 @@ def _measure(report: Report, size: int, protection: str, options: Options) -> No
     except CannotMeasure as error:
         report.missing.append(str(error))
     series = take_turns(things, rounds=options.rounds(10), unit="us")
-    report.compare(series, bare, TARGET)
+    targets = (TARGET, 1.0) if protection == "guest-memfd" else (None, None)
+    report.compare(series, bare, targets[0])
     for name, measured in series.items():
         label = name if name == kvmd else f"{bare}, {protection}"
         rates = tuple(2 * size / GIB / (us / 1e6) for us in measured.values)
@@ -95,7 +97,7 @@ def _measure(report: Report, size: int, protection: str, options: Options) -> No
         waits = f"one page meanwhile, {label} wait, {protection}"
         waiting = Series(waits, "us", tuple(of(run.waiting) for run in runs))
         chunk = Series(f"one chunk, {label}", "us", tuple(of(run.chunks) for run in runs))
-        report.compare({waiting.label: waiting, chunk.label: chunk}, chunk.label, 1.0)
+        report.compare({waiting.label: waiting, chunk.label: chunk}, chunk.label, targets[1])
 
 
 def _guest(size: int, protection: str, *, vcpus: int) -> _Run:
