@@ -292,7 +292,7 @@ class Source:
     """As much of a fleet as is measured."""
 
     # Named when routes are made, never called.
-    start = pause = resume = stop = kill = console = console_output = log_output = None
+    start = pause = resume = stop = kill = press_power_button = console = console_output = log_output = None
 
     def __init__(self) -> None:
         facts: dict[str, object] = {
