@@ -6,10 +6,10 @@ loop, the answer, and the record; only the rules are replaced by ones that answe
 what is changed then, is no part of handing over. The rows after it put the rules back. Then the ways that were not
 taken, without service, rules and records.
 
-Where the two threads are matters more than anything else. So there are three kinds of rows: where the kernel puts
-them, as in a machine; both held on one CPU, where waking a thread is only a switch to it, so that all that kvmd adds
-shows; and on two, where it is an interrupt to a CPU that sleeps (dear in a virtual machine). Each way has an event loop
-of its own while it is measured.
+Where the two threads are matters more than anything else, so it is fixed: both on one CPU, where waking a thread is
+only a switch to it, or on two, where it is an interrupt to a CPU that sleeps (dear in a virtual machine). Left alone,
+the kernel puts each way now here and now there, which says nothing. Each way has an event loop of its own while it is
+measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from kvmd.benchmark.handoff_ways import (
     BARE,
     HANDOFF,
     LOADED_WAYS,
-    MAIN_WAYS,
     TURNS,
     WARM_UP_TURNS,
     WAYS,
@@ -47,19 +46,18 @@ def measure(options: Options) -> Report:
     """Measure all ways of handing over."""
     report = Report("handoff", "from a vCPU's thread to the service and back")
     cpus = sorted(os.sched_getaffinity(0))
-    anywhere, first, last = frozenset(cpus), frozenset(cpus[:1]), frozenset(cpus[-1:])
-    places = [("", anywhere, anywhere), (", one CPU", first, first)]
-    if first != last:
-        places.append((", two CPUs", first, last))
-    for where, asking, answering in places:
-        ways = {make.label: partial(_round, make, asking, answering) for make in (WAYS if where else MAIN_WAYS)}
+    first, last = frozenset(cpus[:1]), frozenset(cpus[-1:])
+    for where, asking, answering in (("one CPU", first, first), ("two CPUs", first, last)):
+        if where == "two CPUs" and first == last:
+            continue
+        ways = {make.label: partial(_round, make, asking, answering) for make in WAYS}
         os.sched_setaffinity(0, answering)
         series = take_turns(ways, rounds=options.rounds(60), unit="us")
         os.sched_setaffinity(0, cpus)
         bare = series.pop(BARE)
         for label, measured in series.items():
-            target = TARGET if label == HANDOFF and not where else None
-            report.ratios.append(Ratio(replace(measured, label=f"{label}{where}"), bare, target))
+            target = TARGET if label == HANDOFF else None
+            report.ratios.append(Ratio(replace(measured, label=f"{label}, {where}"), bare, target))
     _measure_under_load(report, cpus, options)
     report.notes.append(
         f"{TURNS} hand-offs a round, one thread asking; `{HANDOFF}` is kvmd's ConversionService with rules that "

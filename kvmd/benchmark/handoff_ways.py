@@ -319,14 +319,14 @@ class _FromThread(Way):
 
 YARDSTICK: type[Way] = _Bare
 
-MAIN_WAYS: tuple[type[Way], ...] = (_Bare, _Service, _Spurious, _Converted)
-"""What kvmd has, beside the yardstick."""
-
 LOADED_WAYS: tuple[type[Way], ...] = (_Bare, _Service, _Converted)
 """What is measured while the loop serves."""
 
 WAYS: tuple[type[Way], ...] = (
-    *MAIN_WAYS,
+    _Bare,
+    _Service,
+    _Spurious,
+    _Converted,
     _FromThread,
     _Channel,
     _SoonChannel,
@@ -334,4 +334,4 @@ WAYS: tuple[type[Way], ...] = (
     _EventfdOnly,
     _EventfdLinger,
 )
-"""Those, and the ways not taken."""
+"""The yardstick, what kvmd has, and the ways not taken."""
