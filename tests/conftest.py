@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,6 +25,17 @@ _MARKED = {
     "software": Facility.SOFTWARE,
     "network": Facility.NETWORK,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_on_a_terminal() -> None:
+    """Heed what ``nohup``, or a script that runs the tests in the background, made ignored.
+
+    kvmd leaves such a signal ignored, and so do the processes that tests start: whoever sends one would wait for ever.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import structlog
 import trio
+import trio.testing
 
 from kvmd.cli import run as module
 from kvmd.cli.main import run_cli
@@ -172,6 +173,19 @@ def test_a_signal_stops_the_machine_cleanly(runner: Runner, number: signal.Signa
     assert runner.events[0]["signal"] == number.name
     assert runner.events[1]["reason"] == "operator"
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_was_ignored_before_stays_ignored(runner: Runner) -> None:
+    async def script(_machine: FakeMachine) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        await trio.testing.wait_all_tasks_blocked()
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        runner.run(script=script)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "stopping" not in runner.names
 
 
 def test_a_second_signal_ends_the_process_at_once(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
