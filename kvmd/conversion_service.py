@@ -40,10 +40,12 @@ about as much as converting a page."""
 _INLINE_BYTES = INLINE_PAGES * PAGE_SIZE
 _now_ns = time.monotonic_ns
 
-TURN_NS = 2_000_000
-"""The longest that the service keeps the event loop to itself while requests keep coming, in nanoseconds."""
+TURN_NS = 4_000_000
+"""The longest that the service keeps the event loop to itself while requests keep coming, in nanoseconds.
 
-UNRECORDED_MOST = 16
+A turn of the loop costs as much as four or five hand-offs."""
+
+UNRECORDED_MOST = 32
 """Answers whose records are written in one go, unless the service gives up the loop before."""
 
 LEAK_RETRY_SECONDS = 1.0
@@ -156,32 +158,34 @@ class ConversionService:
         A thread that is woken wants the GIL, and is put to sleep again where it cannot have it, which costs more than
         the rules do. So little is left to do once a thread was answered: less than its waking takes.
         """
-        rules, channel = self._rules, self._channel
+        rules, channel, unrecorded = self._rules, self._channel, self._unrecorded
+        submit, next_change, linger = rules.submit, rules.next_change, channel.linger
         channel.attend()
         arrived += channel.take()
         turn_ends = time.monotonic_ns() + TURN_NS
         while True:
             for ticket in arrived:
-                rules.submit(ticket)
+                submit(ticket)
             if self._closed is not None:
                 # They were on their way through the channel when the service was closed.
                 rules.fail_all(self._closed)
-            change = rules.next_change()
+            change = next_change()
             if rules.settled:
-                self._unrecorded.extend(self._answer())
+                unrecorded.extend(self._answer())
             if change is not None:
                 if change.range.end - change.range.start <= _INLINE_BYTES:
                     self._make(change)
                 else:
                     await self._move_apart(change)
-            if len(self._unrecorded) >= UNRECORDED_MOST:
+            if len(unrecorded) >= UNRECORDED_MOST:
                 self._record()
             if self._answered_ns >= turn_ends:
                 self._record()
                 await trio.lowlevel.checkpoint()
                 turn_ends = time.monotonic_ns() + TURN_NS
-            arrived = channel.take() if rules.busy else channel.linger()
-            if not arrived and not rules.busy and not (arrived := self._take_last()):
+            busy = change is not None and rules.busy
+            arrived = channel.take() if busy else linger()
+            if not (arrived or busy or (arrived := self._take_last())):
                 return
 
     def _take_last(self) -> list[Ticket]:
@@ -329,9 +333,10 @@ class ConversionService:
     def _answer(self) -> Sequence[Ticket]:
         """Wake the threads whose requests the rules settled, and return what is to be recorded."""
         rules = self._rules
-        if not rules.settled:
+        settled = rules.settled
+        if not settled:
             return ()
-        settled = rules.take_settled()
+        rules.settled = []
         self._answered_ns = answered_ns = _now_ns()
         for ticket in settled:
             if ticket.answered_ns:
@@ -376,9 +381,9 @@ class ConversionService:
                     request.to,
                     outcome,
                     ticket.merged if outcome is CONVERTED else 0,
-                    ((ticket.started_ns or answered_ns) - ticket.arrived_ns) / 1000,
-                    ticket.apply_ns / 1000,
-                    ticket.discard_ns / 1000,
+                    (ticket.started_ns or answered_ns) - ticket.arrived_ns,
+                    ticket.apply_ns,
+                    ticket.discard_ns,
                 )
             )
         self._records = sequence

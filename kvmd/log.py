@@ -131,9 +131,9 @@ def conversion_event(record: ConversionRecord, machine: str) -> dict[str, object
         "to": record.to.value,
         "outcome": record.outcome.value,
         "merged": record.merged,
-        "waiting_us": round(record.waiting_us, 3),
-        "applying_us": round(record.applying_us, 3),
-        "discarding_us": round(record.discarding_us, 3),
+        "waiting_us": record.waiting_ns / 1000,
+        "applying_us": record.applying_ns / 1000,
+        "discarding_us": record.discarding_ns / 1000,
     }
 
 

@@ -19,18 +19,15 @@ from typing import Generic, TypeVar
 
 import trio
 
+from kvmd.wait_watch import WaitWatch
+
 SOON_NS = 500_000
 """Nanoseconds within which the next item has to come for lingering to pay.
 
 A guest that converts comes back soon, and a turn of the event loop costs more than the rules of a conversion."""
 
-LINGER_NS = 5_000_000
-"""Nanoseconds that the event loop's thread waits for the next item at most, before it goes back to the loop.
-
-More than a tick of the kernel, and not as short as ``SOON_NS``: a timer that ends before the next tick has to be set in
-hardware, which takes some microseconds in a virtual machine; and nearly always the item comes first."""
-
-_LINGER_SECONDS = LINGER_NS / 1e9
+LINGER_SECONDS = 0.003
+"""After one to two of these the event loop's thread waits no longer for the next item, and goes back to the loop."""
 
 T = TypeVar("T")
 
@@ -43,15 +40,19 @@ class RequestChannel(Generic[T]):
 
     Args:
         too_late: takes what is put after ``close``, in the thread that puts it.
+        linger_seconds: a wait in ``linger`` ends after one to two of these.
     """
 
-    def __init__(self, too_late: Callable[[T], None]) -> None:
-        self._handed: queue.SimpleQueue[T] = queue.SimpleQueue()
+    def __init__(self, too_late: Callable[[T], None], *, linger_seconds: float = LINGER_SECONDS) -> None:
+        # None is no item: it ends a wait for one.
+        self._handed: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._watch = WaitWatch(linger_seconds, lambda: self._taken, self._end_wait)
         # One message is all that came together. An item a vCPU: there are never more than vCPUs.
         self._send, self._receive = trio.open_memory_channel[list[T]](math.inf)
         self._send_nowait, self._receive_nowait = self._send.send_nowait, self._receive.receive_nowait
         self._in_channel = 0
         self._taken = 0
+        self._ends_put = self._ends_taken = 0
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signalled = False
         self._attended = False
@@ -65,12 +66,7 @@ class RequestChannel(Generic[T]):
     @property
     def count(self) -> int:
         """Items put in so far, taken out or not."""
-        return self._taken + self._handed.qsize()
-
-    @property
-    def has_arrived(self) -> bool:
-        """Tell whether there is anything to take."""
-        return self._in_channel > 0 or not self._handed.empty()
+        return self._taken + self._handed.qsize() - (self._ends_put - self._ends_taken)
 
     def put(self, item: T) -> None:
         """Send an item. Never blocks."""
@@ -113,8 +109,8 @@ class RequestChannel(Generic[T]):
 
     def take(self) -> list[T]:
         """Take out all items there are, perhaps none. Never blocks."""
-        if not self._handed.empty():
-            self._carry_over(self._drain())
+        if not self._handed.empty() and (handed := self._drain()):
+            self._carry_over(handed)
         if not self._in_channel:
             return []
         self._in_channel -= 1
@@ -137,9 +133,14 @@ class RequestChannel(Generic[T]):
         Does not wait at all unless items came soon the last times: then the caller goes back to ``receive``.
         """
         if self._pays and not self._in_channel:
-            try:
-                item = self._handed.get(True, _LINGER_SECONDS)
-            except queue.Empty:
+            watch = self._watch
+            watch.waiting = True
+            if not watch.watching:
+                watch.resume()
+            item = self._handed.get()
+            watch.waiting = False
+            if item is None:
+                self._ends_taken += 1
                 self._pays = False
             else:
                 self._taken += 1
@@ -164,11 +165,17 @@ class RequestChannel(Generic[T]):
 
     def dispose(self) -> None:
         """Give up the eventfd, once no thread uses the channel any more; harmless the second time."""
+        self._watch.close()
         if self._eventfd >= 0:
             os.close(self._eventfd)
             self._eventfd = -1
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _end_wait(self) -> None:
+        """End a wait in ``linger``. In the watching thread."""
+        self._ends_put += 1
+        self._handed.put(None)
 
     def _carry_over(self, items: list[T]) -> None:
         self._send_nowait(items)
@@ -178,6 +185,9 @@ class RequestChannel(Generic[T]):
         items: list[T] = []
         with suppress(queue.Empty):
             while True:
-                items.append(self._handed.get_nowait())
+                if (item := self._handed.get_nowait()) is None:
+                    self._ends_taken += 1
+                else:
+                    items.append(item)
         self._taken += len(items)
         return items

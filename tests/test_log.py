@@ -23,9 +23,9 @@ RECORD = msgspec.structs.replace(
     gpa=0x20_0000,
     size_bytes=8192,
     merged=2,
-    waiting_us=10.00049,
-    applying_us=200.5,
-    discarding_us=0.0,
+    waiting_ns=10000,
+    applying_ns=200500,
+    discarding_ns=0,
 )
 
 

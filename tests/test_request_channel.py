@@ -24,9 +24,14 @@ def late() -> Late:
     return Late()
 
 
+LINGER_SECONDS = 60.0
+"""More than any test takes, but for those that ask for less."""
+
+
 @pytest.fixture
-def channel(late: Late) -> Iterator[RequestChannel[int]]:
-    made: RequestChannel[int] = RequestChannel(late.items.append)
+def channel(late: Late, request: pytest.FixtureRequest) -> Iterator[RequestChannel[int]]:
+    seconds = getattr(request, "param", LINGER_SECONDS)
+    made: RequestChannel[int] = RequestChannel(late.items.append, linger_seconds=seconds)
     yield made
     made.dispose()
     made.dispose()
@@ -47,9 +52,9 @@ async def make_it_pay(channel: RequestChannel[int]) -> None:
 async def test_what_is_put_is_taken_once_and_in_order(channel: RequestChannel[int]) -> None:
     assert channel.take() == []
     put_all(channel, 0, 1, 2)
-    assert (channel.has_arrived, channel.count) == (True, 3)
+    assert channel.count == 3
     assert channel.take() == [0, 1, 2]
-    assert (channel.has_arrived, channel.count) == (False, 3)
+    assert (channel.take(), channel.count) == ([], 3)
     put_all(channel, 3)
     assert channel.take() == [3]
     assert channel.count == 4
@@ -61,7 +66,7 @@ async def test_what_the_porter_carried_comes_before_what_was_put_later(
     nursery.start_soon(channel.carry)
     put_all(channel, 1, 2)
     await trio.testing.wait_all_tasks_blocked()
-    assert channel.has_arrived, "in the trio channel by now"
+    assert channel._in_channel == 1
     put_all(channel, 3)
     assert channel.take() == [1, 2, 3]
 
@@ -87,7 +92,7 @@ async def test_what_was_taken_does_not_wake_again(channel: RequestChannel[int], 
     channel.put(1)
     assert channel.take() == [1]
     await trio.testing.wait_all_tasks_blocked()
-    assert not channel.has_arrived
+    assert channel.take() == []
 
 
 async def test_nobody_signals_while_the_receiver_attends(channel: RequestChannel[int], nursery: trio.Nursery) -> None:
@@ -121,7 +126,6 @@ async def test_lingering_starts_only_once_items_come_soon(
     channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", 60.0)
     nursery.start_soon(channel.carry)
     # Nothing has come yet, so nobody waits: this returns at once.
     await make_it_pay(channel)
@@ -135,25 +139,35 @@ async def test_lingering_starts_only_once_items_come_soon(
     assert channel.linger() == [3, 4], "all that is there"
 
 
+@pytest.mark.parametrize("channel", [0.001], indirect=True)
 async def test_lingering_in_vain_is_given_up(
     channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", 0.001)
     nursery.start_soon(channel.carry)
     await make_it_pay(channel)
     assert channel.linger() == []
     assert not channel._pays
+    assert channel.count == 1
     # And what comes afterwards wakes the loop as before.
     channel.put(4)
     assert await channel.receive() == [4]
+
+
+async def test_an_end_that_comes_when_nobody_waits_any_more_is_no_item(channel: RequestChannel[int]) -> None:
+    channel._end_wait()
+    assert (channel.count, channel.take()) == (0, [])
+    channel._end_wait()
+    channel.put(1)
+    assert (channel.count, channel.take()) == (1, [1])
+    channel._end_wait()
+    assert channel.close() == []
 
 
 async def test_lingering_never_waits_while_something_is_in_the_trio_channel(
     channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", 600.0)
     nursery.start_soon(channel.carry)
     await make_it_pay(channel)
     channel.put(5)
@@ -162,12 +176,9 @@ async def test_lingering_never_waits_while_something_is_in_the_trio_channel(
     assert channel.linger() == [5]
 
 
-@pytest.mark.parametrize("linger_seconds", [0.00005, 0.005])
-async def test_no_item_is_lost_or_doubled_whatever_the_loop_is_doing(
-    channel: RequestChannel[int], monkeypatch: pytest.MonkeyPatch, linger_seconds: float
-) -> None:
+@pytest.mark.parametrize("channel", [0.00005, 0.005], indirect=True)
+async def test_no_item_is_lost_or_doubled_whatever_the_loop_is_doing(channel: RequestChannel[int]) -> None:
     """Threads put while the loop waits, lingers, or just takes: the three ways by which it can learn of items."""
-    monkeypatch.setattr(request_channel, "_LINGER_SECONDS", linger_seconds)
     threads, each = 4, 3000
     got: list[int] = []
 

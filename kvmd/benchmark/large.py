@@ -143,7 +143,7 @@ def _of_records(large: list[ConversionRecord], small: list[ConversionRecord], ch
     # The first one warms up; from then on an answer is followed by the next request at once.
     elapsed_us = (large[-1].monotonic_ns - large[1].monotonic_ns) / 1000
     begin, end = large[1].monotonic_ns, large[-1].monotonic_ns
-    waiting = tuple(record.waiting_us for record in small if begin < record.monotonic_ns < end)
+    waiting = tuple(record.waiting_ns / 1000 for record in small if begin < record.monotonic_ns < end)
     times = tuple((ended - started) / 1000 for started, ended in chunks if begin < started < end)
     return _Run(elapsed_us / (len(large) - 2) * 2, times, waiting)
 

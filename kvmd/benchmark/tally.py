@@ -59,14 +59,14 @@ class Tally:
                 continue
             if not self._count:
                 # A record has the time of the answer; what came before is the fault.
-                self._began_ns = record.monotonic_ns - round((record.waiting_us + record.applying_us) * 1000)
-                self._us_first = record.applying_us
+                self._began_ns = record.monotonic_ns - record.waiting_ns - record.applying_ns
+                self._us_first = record.applying_ns / 1000
             self._count += 1
             self._last_ns = record.monotonic_ns
             if self._count <= self._first_round:
                 self._first_ended_ns = record.monotonic_ns
             else:
-                self._us_in_kvm += record.applying_us + record.discarding_us
+                self._us_in_kvm += (record.applying_ns + record.discarding_ns) / 1000
 
     def run(self, expected: int) -> Run:
         """Return what they cost.

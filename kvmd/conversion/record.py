@@ -23,9 +23,9 @@ class ConversionRecord(msgspec.Struct, frozen=True, gc=False):
         to: the state asked for.
         outcome: how it ended.
         merged: how many requests the same change answered (1: this one alone; 0: there was no change).
-        waiting_us: microseconds from the vCPU's exit to the start of the change, or to the answer.
-        applying_us: microseconds in changing attributes or slots.
-        discarding_us: microseconds in discarding the side left behind.
+        waiting_ns: nanoseconds from the vCPU's exit to the start of the change, or to the answer.
+        applying_ns: nanoseconds in changing attributes or slots.
+        discarding_ns: nanoseconds in discarding the side left behind.
     """
 
     sequence: int
@@ -39,6 +39,6 @@ class ConversionRecord(msgspec.Struct, frozen=True, gc=False):
     to: PageState
     outcome: Outcome
     merged: int
-    waiting_us: float
-    applying_us: float
-    discarding_us: float
+    waiting_ns: int
+    applying_ns: int
+    discarding_ns: int

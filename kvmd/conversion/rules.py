@@ -8,7 +8,7 @@ The caller (``kvmd.conversion_service``, or a test that plays a script) turns th
         rules.commit(change, end)             # what was applied is the state now
         rules.finish(change, failure)         # decides who is answered
         ...                                   # discard the side left behind, or rules.leak(side, range)
-    rules.take_settled()                      # after each call above: tickets with their answers
+    settled, rules.settled = rules.settled, []  # after each call above: tickets with their answers
 
 At most one change is being made at any time; that is what serialises the machine's vCPUs. A large request is
 made in chunks, and between two of them the smaller requests of other vCPUs have their turn.
@@ -54,7 +54,8 @@ class ConversionRules:
     Attributes:
         state: the state of the machine's pages.
         sequence: the number of changes so far.
-        settled: what ``take_settled`` would return: to be looked at only.
+        settled: the tickets that were answered, in the order of their answers, until the caller takes the list and puts
+            an empty one in its place. (A method that does it costs as much as a request's way through a queue.)
     """
 
     def __init__(self, state: PageStateMap, *, pinned: GpaRange | None, limits: Limits) -> None:
@@ -87,11 +88,6 @@ class ConversionRules:
         if 0 <= start < end <= GPA_LIMIT and not (start | end) & PAGE_MASK:
             ticket.range = GpaRange(start, end)
         self._pending.append(ticket)
-
-    def take_settled(self) -> list[Ticket]:
-        """Return the tickets that were answered since the last call, in the order of their answers."""
-        settled, self.settled = self.settled, []
-        return settled
 
     def fail_all(self, stop: Stop) -> None:
         """Answer all that is waiting with ``stop``: the machine is being torn down."""

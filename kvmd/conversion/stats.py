@@ -106,10 +106,10 @@ class ConversionStats:
         """Count one answered request."""
         outcome, to = record.outcome, record.to
         self._requests[id(record.cause), id(to), id(outcome)] += 1
-        waiting_us = record.waiting_us
+        waiting_us = record.waiting_ns / 1000
         self._waiting.add(waiting_us)
         if record.merged:
-            applying_us, discarding_us = record.applying_us, record.discarding_us
+            applying_us, discarding_us = record.applying_ns / 1000, record.discarding_ns / 1000
             self._applying.add(applying_us)
             self._discarding.add(discarding_us)
             self._total.add(waiting_us + applying_us + discarding_us)

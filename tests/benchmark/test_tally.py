@@ -26,9 +26,9 @@ def record(answered_us: int, outcome: Outcome = Outcome.CONVERTED) -> Conversion
         to=PageState.SHARED,
         outcome=outcome,
         merged=1,
-        waiting_us=20.0,
-        applying_us=30.0,
-        discarding_us=4.0,
+        waiting_ns=20000,
+        applying_ns=30000,
+        discarding_ns=4000,
     )
 
 

@@ -61,8 +61,8 @@ class FakeMachine(Closing):
             came_from=to.opposite,
             to=to,
             outcome=outcome,
-            applying_us=200.0,
-            discarding_us=30.0,
+            applying_ns=200000,
+            discarding_ns=30000,
         )
         self.stats.add(record)
         self.records.append(record)

@@ -19,8 +19,8 @@ RECORD = ConversionRecord(
     to=PageState.SHARED,
     outcome=Outcome.CONVERTED,
     merged=1,
-    waiting_us=10.0,
-    applying_us=100.0,
-    discarding_us=1.0,
+    waiting_ns=10000,
+    applying_ns=100000,
+    discarding_ns=1000,
 )
 """One page, converted to shared for a fault."""

@@ -84,6 +84,11 @@ class Script:
         while (change := self.step()) is not None:
             self.make(change)
 
+    def take_settled(self) -> list[Ticket]:
+        """Take the tickets that were answered since the last call."""
+        settled, self.rules.settled = self.rules.settled, []
+        return settled
+
     def ask(self, request_: ConversionRequest) -> Answer:
         """Hand in a request, run, and return its answer."""
         ticket = self.submit(request_)

@@ -234,13 +234,13 @@ def test_race_6_teardown_answers_everything_once() -> None:
     assert change is not None
     late = script.submit(request(3, pages(50), SHARED))
     script.rules.fail_all(STOP)
-    settled = script.rules.take_settled()
+    settled = script.take_settled()
     assert sorted(ticket.request.vcpu for ticket in settled) == [0, 1, 2, 3]
     assert all(ticket.answer is not None and ticket.answer.stop is STOP for ticket in [*tickets, late])
     # The change that was being made meanwhile comes to its end and is recorded: the state stays true.
     script.make(change)
     assert script.state.state_of(change.range) is change.to
-    assert script.rules.take_settled() == []
+    assert script.take_settled() == []
     assert script.step() is None
 
 

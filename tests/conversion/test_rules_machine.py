@@ -32,7 +32,7 @@ class RulesMachine(RuleBasedStateMachine):
         return range(range_.start // PAGE_SIZE, range_.end // PAGE_SIZE)
 
     def _collect(self) -> None:
-        for ticket in self.script.rules.take_settled():
+        for ticket in self.script.take_settled():
             vcpu = ticket.request.vcpu
             assert self.waiting.pop(vcpu) is ticket, "one answer for each request, and to whoever asked"
             answer = ticket.answer

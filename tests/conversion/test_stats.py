@@ -10,7 +10,7 @@ from kvmd.units import MIB, PAGE_SIZE
 from tests.conversion.records import RECORD
 
 SPURIOUS = msgspec.structs.replace(
-    RECORD, outcome=Outcome.SPURIOUS, merged=0, waiting_us=20.0, applying_us=0.0, discarding_us=0.0
+    RECORD, outcome=Outcome.SPURIOUS, merged=0, waiting_ns=20000, applying_ns=0, discarding_ns=0
 )
 
 

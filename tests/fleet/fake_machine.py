@@ -151,9 +151,9 @@ class FakeMachine:
                 to=to,
                 outcome=Outcome.CONVERTED,
                 merged=1,
-                waiting_us=1.0,
-                applying_us=2.0,
-                discarding_us=3.0,
+                waiting_ns=1000,
+                applying_ns=2000,
+                discarding_ns=3000,
             )
         )
 

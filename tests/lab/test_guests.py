@@ -82,7 +82,7 @@ async def test_a_bad_request_costs_microseconds(run: Run, way: dict[str, str]) -
     # Nothing is applied, nothing discarded: what is left is the way through the service.
     refused = [record for record in ran.records if record.outcome is Outcome.REFUSED]
     assert len(refused) > 70
-    assert {(record.applying_us, record.discarding_us) for record in refused} == {(0, 0)}
+    assert {(record.applying_ns, record.discarding_ns) for record in refused} == {(0, 0)}
 
 
 @EACH_WAY

@@ -39,9 +39,9 @@ def record(sequence: int, to: PageState = PageState.SHARED) -> ConversionRecord:
         to=to,
         outcome=Outcome.CONVERTED,
         merged=1,
-        waiting_us=314.39,
-        applying_us=403.479,
-        discarding_us=20.082,
+        waiting_ns=314390,
+        applying_ns=403479,
+        discarding_ns=20082,
     )
 
 
