@@ -14,7 +14,7 @@ from kvmd.virtio.abi import SECTOR_BYTES
 from kvmd.virtio.device import Activation
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.live_queue import LiveQueue, QueueStopped, Ring
-from kvmd.virtio.memory import Segments, gather, scatter, split, total_bytes, views
+from kvmd.virtio.memory import PART_BYTES, Segments, gather, scatter, split, total_bytes, views
 from kvmd.virtio.split_queue import Chain, QueueError
 
 T_IN = 0
@@ -128,7 +128,7 @@ class BlockRequests:
                 chain = ring.pop()
                 if chain is None:
                     return ring.arm()
-                inline += self._begin(ring, chain)
+                inline += self._begin(ring, chain) + PART_BYTES * (len(chain.readable) + len(chain.writable))
                 if inline >= INLINE_LIMIT:
                     break
         return True

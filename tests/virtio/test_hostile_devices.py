@@ -1,21 +1,24 @@
-"""Guests that keep to the rules of queues, and still want a device to hang, to hold more than it may, or to fill a log."""
+"""Guests that keep to the rules of queues, and still want a device to hang, to hold too much, or to fill a log."""
 
 from __future__ import annotations
 
 import errno
-import os
 import struct
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from kvmd.ranges import GpaRange
 from kvmd.units import MIB, PAGE_SIZE
 from kvmd.virtio import mmio
-from kvmd.virtio.abi import DESC_NEXT, DESC_WRITE, F_VERSION_1
+from kvmd.virtio.abi import DESC_INDIRECT, DESC_NEXT, DESC_WRITE, F_VERSION_1
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
 from kvmd.virtio.block_requests import ERRORS_LOGGED, S_IOERR, T_FLUSH, T_WRITE_ZEROES
@@ -24,9 +27,9 @@ from kvmd.virtio.device import FAILURES_LOGGED
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.host_port import HostPort
 from kvmd.virtio.net import F_MAC, F_MRG_RXBUF, NetworkDevice
-from tests.virtio.driver import WATCHDOG_SECONDS, driven, guest_memory
+from tests.virtio.driver import WATCHDOG_SECONDS, Driver, DriverQueue, Memory, driven, guest_memory
 from tests.virtio.test_block import Disk, Gate, offer_reads
-from tests.virtio.test_hostile import DEVICES, hostile, revived
+from tests.virtio.test_hostile import DEVICES, TABLES, hostile, revived
 from tests.virtio.test_net import Net
 from tests.virtio.wire import MAC, wire
 
@@ -45,6 +48,16 @@ class Turns:
             self.count += 1
 
 
+def offer_in_parts(queue: DriverQueue, head: int, gpa: int, flags: int) -> None:
+    """Offer ``PARTS`` bytes, each a part of its own, by an indirect table."""
+    table = queue.memory.allocate(16 * PARTS)
+    for at in range(PARTS):
+        more = DESC_NEXT if at + 1 < PARTS else 0
+        queue.memory.write(table + 16 * at, struct.pack("<QIHH", gpa + at, 1, flags | more, at + 1))
+    queue.describe(head, table, 16 * PARTS, DESC_INDIRECT)
+    queue.offer_head(head)
+
+
 # -- network ---------------------------------------------------------------------------------------------------------
 
 
@@ -54,8 +67,7 @@ class Turns:
 async def test_receive_buffers_in_thousands_of_parts_cost_frames_and_not_the_link(
     *, converts: bool, merged: bool, has_header: bool
 ) -> None:
-    """Each buffer is as the standard wants it, with room for a header: what does not fit is dropped, as in a ring
-    that is too small."""
+    """Each is as the standard wants it, with room for a header: what does not fit is dropped, as in a small ring."""
     ends = wire()
     header = bytes(12) if has_header else b""
     with guest_memory(converts=converts) as memory, ends.far:
@@ -65,20 +77,28 @@ async def test_receive_buffers_in_thousands_of_parts_cost_frames_and_not_the_lin
             queue = driver.queues[0]
             gpa = memory.allocate(32 * PARTS)
             for at in range(32):
-                parts = [(gpa + at * PARTS + byte, 1) for byte in range(PARTS)]
-                table = memory.allocate(16 * PARTS)
-                for index, (address, size) in enumerate(parts):
-                    flags = DESC_WRITE | (DESC_NEXT if index + 1 < PARTS else 0)
-                    memory.write(table + 16 * index, struct.pack("<QIHH", address, size, flags, index + 1))
-                queue.describe(at, table, 16 * PARTS, 4)
+                offer_in_parts(queue, at, gpa + at * PARTS, DESC_WRITE)
                 net.buffers[at] = (gpa + at * PARTS, PARTS)
-                queue.offer_head(at)
             queue.kick()
             await trio.testing.wait_all_tasks_blocked(0.001)
             ends.far.send(header + b"x" * 4096)
             ends.far.send(header + b"y" * 200)
             assert (await net.received())[12:] == b"y" * 200
             assert (model.dropped, model.link_up, driver.needs_reset) == (1, True, False)
+
+
+async def test_frames_in_parts_of_a_byte_leave_others_their_turns() -> None:
+    ends, turns = wire(), Turns()
+    with guest_memory() as memory, ends.far:
+        async with driven(NetworkDevice(ends, MAC), memory, with_it=turns.take) as driver:
+            driver.start()
+            gpa = memory.allocate(PARTS)
+            for at in range(64):
+                offer_in_parts(driver.queues[1], at, gpa, 0)
+            before = turns.count
+            driver.queues[1].kick()
+            await driver.queues[1].completed(64)
+            assert turns.count - before > 30, "two frames a turn"
 
 
 # -- block -----------------------------------------------------------------------------------------------------------
@@ -250,7 +270,7 @@ async def test_a_balloon_never_touches_private_pages_nor_what_is_no_memory() -> 
             assert not driver.needs_reset
 
 
-async def test_a_reset_while_the_balloon_is_inflated_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reset_while_the_balloon_is_inflated_ends_it() -> None:
     begun = trio.Event()
     token = trio.lowlevel.current_trio_token()
     discarded: list[GpaRange] = []
@@ -318,3 +338,118 @@ async def test_a_queue_that_is_taken_down_under_a_request_and_set_up_anew_waits_
             driver.place_queue(index, queue.size, (queue.table, queue.avail, queue.used))
         await driver.failed()
         await revived(kind, driver, memory)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("describe"), st.integers(0, 5), TABLES),
+    st.tuples(st.just("offer"), st.integers(0, 5), st.integers(0, 8)),
+    st.tuples(st.just("index"), st.integers(0, 5), st.integers(-9, 9)),
+    st.tuples(st.just("content"), st.sampled_from([0x1000, 0x2000, 0x3000]), st.binary(max_size=64)),
+    st.tuples(st.just("ready"), st.integers(0, 5), st.booleans()),
+    st.tuples(st.just("status"), st.sampled_from([0, 1, 3, 4, 8, 11, 15, 64, 128]), st.none()),
+    st.tuples(st.just("config"), st.integers(0, 70), st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("start"), st.integers(0, (1 << 40) - 1), st.sampled_from([4, 8])),
+    st.tuples(st.just("private"), st.integers(0, 8), st.none()),
+    st.tuples(st.just("host"), st.integers(0, 3), st.none()),
+    st.tuples(st.just("pause"), st.none(), st.none()),
+    st.tuples(st.just("turns"), st.integers(1, 8), st.none()),
+)
+
+
+@pytest.mark.parametrize("kind", DEVICES)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(STEPS, max_size=40), converts=st.booleans())
+def test_whatever_a_guest_does_in_whatever_order_a_reset_revives_the_device(
+    kind: str,
+    tmp_path: Path,
+    steps: list[tuple[str, Any, Any]],
+    converts: bool,  # noqa: FBT001 - hypothesis gives it
+) -> None:
+    """Also resets, queues taken down, pages turned private and pauses in the middle of requests."""
+
+    async def play() -> None:
+        with trio.fail_after(WATCHDOG_SECONDS), capture_logs() as logs:
+            async with hostile(kind, tmp_path, converts=converts) as (driver, memory):
+                memory.allocate(0x9000)
+                driver.start(size=8)
+                private: set[int] = set()
+                for step in steps:
+                    await take(step, driver, memory, private)
+                await trio.testing.wait_all_tasks_blocked(0.001)
+                for gpa in private:
+                    assert memory.read(gpa, PAGE_SIZE) == CANARY
+                await revived(kind, driver, memory)
+        assert not [line for line in logs if line["log_level"] == "error"]
+
+    trio.run(play)
+
+
+CANARY = b"private!" * (PAGE_SIZE // 8)
+
+
+async def take(  # noqa: C901, PLR0912 - one case a step
+    step: tuple[str, Any, Any], driver: Driver, memory: Memory, private: set[int]
+) -> None:
+    """Do one thing that a guest, or its host, may do at any time."""
+
+    def in_thread(offset: int, value: int) -> Awaitable[None]:
+        return trio.to_thread.run_sync(driver.write, offset, value)
+
+    match step:
+        case "turns", count, _:
+            for _ in range(count):
+                await trio.lowlevel.checkpoint()
+        case "content", gpa, data:
+            if gpa not in private:
+                memory.write(gpa, data)
+        case "status", value, _:
+            await in_thread(mmio.STATUS, value)
+        case "config", offset, data:
+            driver.transport.write(mmio.CONFIG + offset, data)
+        case "start", features, size:
+            # What a driver may accept: nothing else would get it far.
+            await trio.to_thread.run_sync(lambda: begin(driver, features, size))
+        case "private", page, _:
+            gpa = (1 + page) * PAGE_SIZE
+            if memory.accessor.converts and gpa not in private:
+                memory.turn_private(gpa)
+                memory.write(gpa, CANARY)  # as if it were the private side: a device that touches it shows
+                private.add(gpa)
+        case "host", what, _:
+            host_does(driver, what)
+        case "pause", _, _:
+            await driver.device.pause()
+            driver.device.resume()
+        case "ready", index, ready:
+            driver.write(mmio.QUEUE_SEL, index)
+            await in_thread(mmio.QUEUE_READY, int(ready))
+        case what, index, value if index in driver.queues:
+            queue = driver.queues[index]
+            if what == "describe":
+                for at, (gpa, size_bytes, flags, following) in enumerate(value[: queue.size]):
+                    queue.describe(at, gpa & (1 << 64) - 1, size_bytes, flags, following)
+            elif what == "offer":
+                queue.offer_head(value)
+            else:
+                queue.set_avail_index(queue.avail_index + value)
+            queue.kick()
+        case _:
+            pass  # a queue that the device does not have
+
+
+def begin(driver: Driver, features: int, size: int) -> None:
+    driver.negotiate(features & driver.offered() | F_VERSION_1)
+    for index in range(len(driver.device.model.queue_sizes)):
+        driver.set_up_queue(index, size)
+    driver.go()
+
+
+def host_does(driver: Driver, what: int) -> None:
+    """Do what comes from the host's side of a device."""
+    match driver.device.model:
+        case NetworkDevice() as network:
+            network.set_link(up=bool(what % 2))
+        case BalloonDevice() as balloon:
+            balloon.set_target(what * PAGE_SIZE)
+        case _:
+            pass
