@@ -87,6 +87,28 @@ async def test_receive_buffers_in_thousands_of_parts_cost_frames_and_not_the_lin
             assert (model.dropped, model.link_up, driver.needs_reset) == (1, True, False)
 
 
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "single"])
+async def test_receive_buffers_that_turn_private_after_they_were_taken_are_not_touched(*, merged: bool) -> None:
+    ends = wire()
+    with guest_memory(converts=True) as memory, ends.far:
+        async with driven(model := NetworkDevice(ends, MAC), memory) as driver:
+            driver.start(F_MAC | F_MRG_RXBUF if merged else F_MAC)
+            net = Net(driver, memory, ends, model)
+            memory.allocate(0, PAGE_SIZE)
+            gpa = memory.allocate(0)
+            net.offer_buffers(40, PAGE_SIZE)
+            ends.far.send(bytes(12) + b"before")
+            assert (await net.received())[12:] == b"before"
+            memory.turn_private(gpa + PAGE_SIZE)
+            memory.write(gpa + PAGE_SIZE, CANARY)  # as if it were the private side: a device that touches it shows
+            with capture_logs() as logs:
+                ends.far.send(bytes(12) + b"after")
+                await driver.failed()
+            assert f"guest memory at {gpa + PAGE_SIZE:#x} is private" in logs[0]["reason"]
+            assert memory.read(gpa + PAGE_SIZE, PAGE_SIZE) == CANARY
+            await revived("net", driver, memory)
+
+
 async def test_frames_in_parts_of_a_byte_leave_others_their_turns() -> None:
     ends, turns = wire(), Turns()
     with guest_memory() as memory, ends.far:
