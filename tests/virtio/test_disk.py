@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from fcntl import F_GETFL, fcntl
 from pathlib import Path
 
 import pytest
@@ -184,7 +187,7 @@ def test_zeros_are_written_where_the_file_system_can_do_no_better(image: Path, m
     assert image.read_bytes() == content[:512] + bytes(400_000) + content[400_512:]
 
 
-def test_direct_io_where_the_file_system_has_it(image: Path) -> None:
+def test_direct_io_where_the_file_system_has_it(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         disk = RawDisk(image, direct=True)
     except ConfigError as error:
@@ -192,7 +195,24 @@ def test_direct_io_where_the_file_system_has_it(image: Path) -> None:
     with disk:
         assert disk.block_bytes in (512, 4096)
         assert not disk.read_now([memoryview(bytearray(512))], 0, 512), "there is no cache to read from"
+        went: list[bool] = []
+
+        def watched(real: Callable[..., int]) -> Callable[..., int]:
+            def io(fd: int, *rest: object) -> int:
+                went.append(bool(fcntl(fd, F_GETFL) & os.O_DIRECT))
+                return real(fd, *rest)
+
+            return io
+
+        monkeypatch.setattr(os, "preadv", watched(os.preadv))
+        monkeypatch.setattr(os, "pwritev", watched(os.pwritev))
         disk.read([memoryview(bytearray(100))], 7)  # not aligned: past O_DIRECT
+        with mmap.mmap(-1, 4096) as page, memoryview(page) as view:
+            disk.read([view], 4096, aligned=True)
+            assert bytes(view) == image.read_bytes()[4096:8192]
+            disk.write([view], 0, aligned=True, stable=False)
+        disk.write([b"x"], 9, stable=False)
+        assert went == [False, True, True, False]
 
 
 def test_no_direct_io_is_told_before_the_guest_starts(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
