@@ -142,10 +142,17 @@ def _open_in_folders(image: str, folders: Sequence[Path], what: str = "image") -
             if problem != errno.ENOENT:
                 break
     where = ", ".join(str(folder) for folder in folders) or "none"
-    why = "it leads out of them" if problem == errno.EXDEV else os.strerror(problem)
+    match problem:
+        case errno.EINVAL:
+            raise ImageError(f"the {what} {shown} in an allowed folder ({where}) is not an ordinary file: name one")
+        case errno.EXDEV:
+            why = "it leads out of them"
+        case _:
+            why = os.strerror(problem)
+    pass_it = "" if what in {"initrd", "disk"} else "pass the file itself, or "
     raise ImageError(
-        f"cannot open the {what} {shown} in an allowed folder ({where}): {why}; pass the file itself, or have the "
-        "folder allowed in kvmd.toml"
+        f"cannot open the {what} {shown} in an allowed folder ({where}): {why}; {pass_it}have the folder allowed in "
+        "kvmd.toml"
     )
 
 

@@ -5,6 +5,7 @@ Real kernels run in tests/lab/test_linux.py.
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -139,11 +140,13 @@ async def _stop_when_running(machine: Machine) -> None:
         ({"kernel": "nothing"}, ImageError, "cannot read the kernel"),
         ({"initrd": "nothing"}, ImageError, "cannot read the initrd"),
         ({"initrd": "large"}, ImageError, "the initrd of 64 MiB does not fit"),
+        ({"initrd": "empty"}, ImageError, "empty is empty: make it again, or leave `initrd` out"),
         ({"memory": "8M"}, ImageError, "8 MiB of memory are too few"),
         ({"cmdline": "x" * 3000}, ConfigError, "cmdline: 3000 characters"),
         ({"kernel": "short"}, ImageError, "the kernel is truncated: it says that it has"),
         ({"disks": [{"path": "nothing"}]}, ConfigError, "there is no such file"),
         ({"disks": [{"path": "odd"}]}, ConfigError, "512"),
+        ({"disks": [{"path": "disk"}, {"path": "fifo"}]}, ConfigError, "neither a file nor a block device"),
         ({"disks": [{"path": "disk"}, {"path": "disk"}]}, ConfigError, "locked"),
         ({"accelerator": "software"}, ConfigError, "the software CPU runs payload guests only"),
     ],
@@ -152,6 +155,8 @@ def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
     host: Host, tmp_path: Path, keys: dict[str, object], error: type[KvmdError], part: str
 ) -> None:
     (tmp_path / "large").write_bytes(bytes(64 << 20))
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
     (tmp_path / "odd").write_bytes(bytes(700))
     (tmp_path / "short").write_bytes(bzimage()[:-1000])
     (tmp_path / "disk").write_bytes(bytes(1024))
