@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
 from kvmd.machine import Machine
@@ -75,6 +76,16 @@ def host(tmp_path: Path) -> Host:
 def test_a_kernel_ends_its_machine(host: Host, code: bytes, reason: StopReason, status: int) -> None:
     stop, console = host.run(running(b"".join(out(0x3F8, byte) for byte in b"hi\n") + code + HANG), vcpus=2)
     assert (stop.reason, stop.status, console) == (reason, status, b"hi\n")
+
+
+def test_a_panic_is_seen_with_what_the_kernel_said_of_it(host: Host) -> None:
+    lines = [f"line {number}" for number in range(30)]
+    said = "".join(f"{line}\r\n" for line in lines).encode()
+    with capture_logs() as log:
+        stop, console = host.run(running(b"".join(out(0x3F8, byte) for byte in said) + out(0x505, 1) + HANG))
+    assert (stop.reason, console) == (StopReason.GUEST_PANIC, said)
+    (tail,) = [event for event in log if event["event"] == "console-tail"]
+    assert (tail["log_level"], tail["lines"]) == ("error", lines[-20:])
 
 
 def test_an_elf_kernel_starts_by_pvh(host: Host) -> None:
