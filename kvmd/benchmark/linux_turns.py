@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from kvmd.benchmark.linux_profile import profile
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Report, Series, take_turns_together
 from kvmd.network.networks import open_networks
 from kvmd.network.own_thread import in_own_thread
@@ -123,7 +124,7 @@ class _Counters:
 
 def _measure(options: Options, program: str, kernel: Path, counters: _Counters) -> Report:
     leave_network()
-    file_bytes = (1 if options.quick else 8) * _MIB
+    file_bytes = (1 if options.quick else 4) * _MIB
     bridge = NetworkSpec(kind="made-bridge", bridge=BRIDGE, addresses=(f"{HOST}/{PREFIX}",))
     with (
         tempfile.TemporaryDirectory() as text,
@@ -173,12 +174,16 @@ def _measure(options: Options, program: str, kernel: Path, counters: _Counters) 
             rounds=options.rounds(5),
             units=_UNITS,
             # A boot takes a minute in the lab.
-            warm_up=not options.quick,
+            warm_up=False,
         )
+        profiled, note = profile(folder, _kvmd_run(folder), lambda command: run_to_end(command, seconds=2 * _SECONDS))
     report = _report(columns, file_bytes)
-    measured = {label: of_one[0 if options.quick else 1 :] for label, of_one in runs.items()}
-    report.facts += _phases([run.ended for run in measured[_KVMD]])
-    report.facts += [fact for label, of_one in measured.items() for fact in _counts(label, of_one)]
+    report.notes.append(note)
+    report.facts += _phases([run.ended for run in runs[_KVMD]])
+    report.facts += [
+        fact for label, of_one in runs.items() for fact in (*_frames(label, of_one), *_counts(label, of_one))
+    ]
+    report.facts += profiled
     return report
 
 
@@ -216,8 +221,11 @@ def _on_daemon(daemon: Daemon, guest: _Guest, seen: Callable[[bytes], None]) -> 
 def _on_kvmd(folder: Path, guest: _Guest, seen: Callable[[bytes], None]) -> Ended:
     spec = folder / "machine.toml"
     spec.write_text(as_toml(_machine(guest)), encoding="utf-8")
-    command = [sys.executable, "-m", "kvmd", "run", str(spec), "--log-format", "json"]
-    return run_to_end(command, seconds=_SECONDS, watch=(_ANY, _INIT), on_seen=seen)
+    return run_to_end(_kvmd_run(folder), seconds=_SECONDS, watch=(_ANY, _INIT), on_seen=seen)
+
+
+def _kvmd_run(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "kvmd", "run", str(folder / "machine.toml"), "--log-format", "json"]
 
 
 def _on_qemu(program: str, guest: _Guest, seen: Callable[[bytes], None]) -> Ended:
@@ -286,6 +294,20 @@ def _phases(runs: Sequence[Ended]) -> list[Fact]:
     return [
         Fact(Series(f"{_KVMD}: {name}", "ms", tuple(row[column] * 1e3 for row in rows)))
         for column, name in enumerate(names)
+    ]
+
+
+def _frames(label: str, runs: Sequence[_Run]) -> list[Fact]:
+    """Return how many frames the guest's card sent and took for the two transfers: each costs a hypervisor the same."""
+    reports = [GuestReport(run.ended.console) for run in runs]
+    return [
+        Fact(
+            Series(
+                f"{label}: frames {key}, in {doing}", "", tuple(float(report.number(word, key)) for report in reports)
+            )
+        )
+        for word, doing in (("tcp-send-frames", "sending"), ("tcp-take-frames", "taking"))
+        for key in ("sent", "taken")
     ]
 
 

@@ -88,6 +88,11 @@ def own_time(lines: Iterable[str]) -> dict[tuple[str, str], float]:
         for thread, root in _THREADS.items():
             frames = stack.split(";")
             if any(frame.startswith(root) for frame in frames):
-                samples[thread, _LINE_NUMBER.sub(")", frames[-1])] += int(count)
+                samples[thread, without_line(frames[-1])] += int(count)
     total = samples.total()
     return {key: number / total for key, number in samples.most_common()}
+
+
+def without_line(frame: str) -> str:
+    """Return a frame of py-spy's without the number of its line: function and file."""
+    return _LINE_NUMBER.sub(")", frame)

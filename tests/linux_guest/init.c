@@ -295,6 +295,35 @@ static void tell_time(const char *word, u64 size, u64 start)
 	end_line(&line);
 }
 
+/* How many frames the card sent and took so far; a frame of segmentation offload counts as one. */
+struct frames {
+	u64 sent, taken;
+};
+
+static struct frames frames_now(void)
+{
+	struct frames frames = { 0, 0 };
+	char text[32];
+
+	if (read_text("/sys/class/net/eth0/statistics/tx_packets", text, sizeof(text)) > 0)
+		frames.sent = number_of(text);
+	if (read_text("/sys/class/net/eth0/statistics/rx_packets", text, sizeof(text)) > 0)
+		frames.taken = number_of(text);
+	return frames;
+}
+
+static void tell_frames(const char *word, struct frames before)
+{
+	struct frames after = frames_now();
+
+	begin(word);
+	say(&line, "sent ");
+	say_number(&line, after.sent - before.sent);
+	say(&line, " taken ");
+	say_number(&line, after.taken - before.taken);
+	end_line(&line);
+}
+
 static void time_reading(u64 size)
 {
 	static u8 buffer[1 << 20] __attribute__((aligned(4096)));
@@ -457,11 +486,13 @@ static void send_file(u32 host, u64 port, u64 size, int with_checksum)
 	struct sha256 sha;
 	u8 own[32] = { 0 }, theirs[32];
 	long fd = connect_to(host, port);
+	struct frames before;
 	u64 start;
 
 	if (!went(fd, "connect to send"))
 		return;
 	sha256_start(&sha);
+	before = frames_now();
 	start = now();
 	if (!went(write_all(fd, "u", 1), "say that a file comes"))
 		return;
@@ -479,6 +510,7 @@ static void send_file(u32 host, u64 port, u64 size, int with_checksum)
 	if (!went(read_whole(fd, theirs, sizeof(theirs)), "hear what was sent"))
 		return;
 	tell_time("tcp-send", size, start);
+	tell_frames("tcp-send-frames", before);
 	if (with_checksum && holds(!memcmp(own, theirs, 32), "what was sent is what came"))
 		tell_digest("tcp-sent", own, size);
 	CALL(close, fd);
@@ -491,12 +523,14 @@ static void take_file(u32 host, u64 port, int with_checksum)
 	struct sha256 sha;
 	u8 own[32], theirs[32];
 	long fd = connect_to(host, port), got;
+	struct frames before;
 	u64 start, size = 0;
 	usize kept = 0;
 
 	if (!went(fd, "connect to take"))
 		return;
 	sha256_start(&sha);
+	before = frames_now();
 	start = now();
 	if (!went(write_all(fd, "d", 1), "ask for a file"))
 		return;
@@ -514,6 +548,7 @@ static void take_file(u32 host, u64 port, int with_checksum)
 	if (!went(got, "take") || !holds(kept == 32, "a whole file came"))
 		return;
 	tell_time("tcp-take", size, start);
+	tell_frames("tcp-take-frames", before);
 	memcpy(theirs, buffer, 32);
 	sha256_end(&sha, own);
 	if (with_checksum && holds(!memcmp(own, theirs, 32), "what came is what was sent"))

@@ -120,6 +120,8 @@ class Proof(Closing):
 
         file = _digest(b"".join(pieces(self.file_bytes)), self.file_bytes)
         assert report["disk-from-host"] == _digest(self._from_host, _FROM_HOST_BYTES)
+        for transfer in ("tcp-send-frames", "tcp-take-frames"):
+            assert report.number(transfer, "sent") > 0 < report.number(transfer, "taken")
         assert report["disk-from-guest"] == report["tcp-sent"] == report["tcp-taken"] == file
         # The host's own eyes: what the guest says of itself proves little.
         assert _digest(read_file(self.disk, "from-guest"), self.file_bytes) == file
