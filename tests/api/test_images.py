@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmd.api import images
 from kvmd.api.images import opened_image
 from kvmd.errors import ImageError
 from tests.api.serving import Serving, serving_api
@@ -75,6 +76,15 @@ def test_what_is_no_file_is_not_opened(folder: Path, image: str) -> None:
     with pytest.raises(ImageError) as caught, opened_image(image, [folder]):
         pass
     assert str(caught.value) == f"the image {image} in an allowed folder ({folder}) is not an ordinary file: name one"
+
+
+def test_what_kvmd_may_not_read_is_to_be_made_readable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def may_not(_folder: Path, _inside: Path) -> int:
+        raise PermissionError(13, "Permission denied")  # root, which runs tests too, would be let through
+
+    monkeypatch.setattr(images, "_open_beneath", may_not)
+    with pytest.raises(ImageError, match="Permission denied; pass the file itself, or let kvmd's user read it"):
+        read("guest.elf", folder)
 
 
 def test_without_folders_nothing_is_opened(folder: Path) -> None:
