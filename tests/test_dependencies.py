@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("buffers", ("kvmd.nonblocking", "kvmd.log_buffer")),
     ("run gate", ("kvmd.run_gate",)),
     ("request channel", ("kvmd.request_channel",)),
+    ("wait watch", ("kvmd.wait_watch",)),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
     ("guests' networks", ("kvmd.network",)),
@@ -84,7 +85,7 @@ KVM_USERS = (
 
 LOCKERS = {
     "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB", "LOCK_UN"},
-    "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK"},
+    "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK", "flock", "LOCK_EX", "LOCK_NB", "LOCK_SH"},
     "kvmd.network.tap": {"ioctl"},
 }
 """Who may import what of the module of fcntl and ioctl: locks of files, and taps. KVM's ioctls are kvmd.kvm's alone."""

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -10,8 +13,11 @@ import pytest
 
 from kvmd.errors import ConfigError
 from kvmd.memory import libc
+from kvmd.network.own_thread import in_own_thread
 from kvmd.units import MIB
+from kvmd.virtio import disk as module
 from kvmd.virtio.disk import RawDisk
+from tests.own_network import leave_network
 
 
 @pytest.fixture
@@ -39,7 +45,11 @@ def test_no_disk_at_all(tmp_path: Path) -> None:
     assert "this is a directory" in refusal(tmp_path)
     assert "neither a file nor a block device" in refusal(tmp_path, read_only=True)
     assert "neither a file nor a block device" in refusal("/dev/null")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        assert "no device behind it" in refusal(tmp_path / "socket")
     os.mkfifo(tmp_path / "fifo")
+    assert "neither a file nor a block device" in refusal(tmp_path / "fifo")
     assert "neither a file nor a block device" in refusal(tmp_path / "fifo", read_only=True)
 
 
@@ -73,6 +83,17 @@ def test_read_only_files_are_for_read_only_disks(image: Path, monkeypatch: pytes
         assert disk.size_bytes == MIB
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_a_disk_on_a_read_only_file_system() -> None:
+    def refused() -> None:
+        leave_network()  # and into a mount namespace of its own, with an empty /run
+        Path("/run/disk").write_bytes(bytes(512))
+        subprocess.run(["mount", "-o", "remount,ro", "/run"], check=True)  # noqa: S607 - wherever it is
+        assert "its file system is read-only: make the disk read-only too" in refusal("/run/disk")
+
+    in_own_thread(refused)
+
+
 def test_one_writer_or_many_readers(image: Path) -> None:
     with RawDisk(image):
         assert "it is locked: another machine or program uses it" in refusal(image)
@@ -81,6 +102,28 @@ def test_one_writer_or_many_readers(image: Path) -> None:
         assert "it is locked" in refusal(image)
     with RawDisk(image):
         pass
+
+
+@pytest.mark.parametrize(("other", "refused"), [(fcntl.LOCK_EX, True), (fcntl.LOCK_SH, False)])
+def test_who_locks_it_by_flock_is_heeded(image: Path, other: int, refused: bool) -> None:  # noqa: FBT001 - a table
+    with image.open("rb") as held:
+        fcntl.flock(held, other)
+        assert "it is locked: another machine or program uses it" in refusal(image)
+        if refused:
+            assert "it is locked: another machine or program writes it" in refusal(image, read_only=True)
+        else:
+            RawDisk(image, read_only=True).close()
+    with RawDisk(image), image.open("rb") as late, pytest.raises(BlockingIOError):
+        fcntl.flock(late, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_flock_has_no_such_locks(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_here(_fd: int, _how: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(module, "flock", none_here)
+    with RawDisk(image):
+        assert "it is locked" in refusal(image)
 
 
 def test_another_process_is_kept_out_and_its_end_unlocks(image: Path) -> None:
