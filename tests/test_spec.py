@@ -1,12 +1,15 @@
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmd.errors import ConfigError
 from kvmd.guests import GUESTS
-from kvmd.spec import ConversionSpec, LimitsSpec, MachineSpec, load_spec, resolve_image, spec_of
+from kvmd.network.spec import NetworkSpec
+from kvmd.spec import ConversionSpec, DiskSpec, LimitsSpec, MachineSpec, load_spec, resolve_image, spec_of
 from kvmd.units import MIB
 
 HERE = Path("/etc/kvmd")
@@ -82,6 +85,49 @@ MACHINES = sorted(path for path in EXAMPLES.glob("*.toml") if path.name != "kvmd
 def test_the_examples_are_right(path: Path) -> None:
     spec = load_spec(path)
     assert spec.kernel is not None or spec.guest.parent == GUESTS["hello"].path.parent
+
+
+LINUX_EXAMPLES = {
+    "linux.toml": "without a disk",
+    "linux-disk.toml": "with one",
+    "linux-bridge.toml": "on a bridge",
+}
+
+
+@pytest.mark.parametrize("name", LINUX_EXAMPLES, ids=list(LINUX_EXAMPLES.values()))
+def test_the_examples_of_linux_are_right_with_what_is_commented_out_too(name: str, tmp_path: Path) -> None:
+    text = re.sub(r"^# (?=[a-z_]+ = \S+$)", "", (EXAMPLES / name).read_text(), flags=re.MULTILINE)
+    spec = load_spec(write(tmp_path, text.replace("balloon = false", "balloon = true")))
+    assert spec.kernel == Path("/boot/vmlinuz")
+    assert bool(spec.disks) == (name == "linux-disk.toml")
+    assert bool(spec.networks) == (name == "linux-bridge.toml")
+    if name == "linux.toml":
+        assert (spec.balloon_target, spec.agent) == (128 * MIB, "org.qemu.guest_agent.0")
+    for network in spec.networks:
+        assert (network.mtu, network.mac, network.tap) == (9000, "52:54:00:12:34:56", "linux0")
+
+
+@pytest.mark.parametrize(
+    ("table", "kind"),
+    [
+        ("", MachineSpec),
+        ("[[disks]]", DiskSpec),
+        ("[[networks]]", NetworkSpec),
+        ("[conversion]", ConversionSpec),
+        ("[limits]", LimitsSpec),
+    ],
+)
+def test_every_key_is_in_an_example(table: str, kind: type[msgspec.Struct]) -> None:
+    shown = set()
+    for path in MACHINES:
+        here = ""
+        for line in path.read_text().splitlines():
+            if line.startswith("["):
+                here = line
+                shown.add(("", here.strip("[]")))
+            elif key := re.match(r"(?:# )?([a-z_]+) = ", line):
+                shown.add((here, key[1]))
+    assert [name for name in kind.__struct_fields__ if (table, name) not in shown] == []
 
 
 def test_a_relative_image_starts_at_the_folder_of_the_file(tmp_path: Path) -> None:

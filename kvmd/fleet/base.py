@@ -46,6 +46,7 @@ class Counters(msgspec.Struct, frozen=True):
         waiting_us, applying_us, discarding_us: percentiles 50, 90 and 99 and the maximum, in microseconds.
         lost: records that the ring dropped before they were counted.
         hottest: the ranges that were converted most, hottest first; a handful.
+        balloon: what memory the guest does without; None where there is no balloon.
     """
 
     requests: dict[tuple[str, str, str], int]
@@ -56,6 +57,7 @@ class Counters(msgspec.Struct, frozen=True):
     discarding_us: tuple[float, float, float, float]
     lost: int
     hottest: tuple[HotRange, ...] = ()
+    balloon: Balloon | None = None
 
 
 class MemoryMap(msgspec.Struct, frozen=True):
@@ -319,6 +321,8 @@ def state_of(told: str) -> MachineState:
 
 def counters_document(counters: Counters) -> dict[str, object]:
     """Return counters as JSON has them, in the stream and elsewhere: the fields of ``Counters``, with names.
+
+    The balloon is left out: it is a resource of its own.
 
     Latencies have ``p50``, ``p90``, ``p99`` and ``max``; requests ``cause``, ``to``, ``outcome`` and ``count``; the
     hottest ranges ``gpa``, ``size``, ``count`` and ``overcount``.

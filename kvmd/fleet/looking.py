@@ -58,8 +58,7 @@ async def counters(entry: Entry) -> Counters:
 
 async def balloon(entry: Entry, target_bytes: int | None = None) -> Balloon:
     """Return what memory the guest does without, after asking it for ``target_bytes``, if any."""
-    answer = await ask(entry, "reach the balloon", AskBalloon(target_bytes), BalloonAnswer)
-    return Balloon(answer.target_bytes, answer.actual_bytes, answer.given_back_bytes, answer.held_bytes)
+    return _balloon_of(await ask(entry, "reach the balloon", AskBalloon(target_bytes), BalloonAnswer))
 
 
 def counters_of(values: CounterValues) -> Counters:
@@ -73,7 +72,12 @@ def counters_of(values: CounterValues) -> Counters:
         discarding_us=values.discarding_us,
         lost=values.lost,
         hottest=tuple(HotRange(*hot) for hot in values.hottest),
+        balloon=None if values.balloon is None else _balloon_of(values.balloon),
     )
+
+
+def _balloon_of(answer: BalloonAnswer) -> Balloon:
+    return Balloon(answer.target_bytes, answer.actual_bytes, answer.given_back_bytes, answer.held_bytes)
 
 
 async def memory_map(entry: Entry) -> MemoryMap:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from kvmd.conversion.stats import ConversionStats, StatsSnapshot
 from kvmd.machine_process.folder import LastConversions
-from kvmd.machine_process.messages import CounterValues
+from kvmd.machine_process.messages import Balloon, CounterValues
 
 
-def counter_values(snapshot: StatsSnapshot, *, shared_bytes: int, private_bytes: int, lost: int = 0) -> CounterValues:
+def counter_values(
+    snapshot: StatsSnapshot, *, shared_bytes: int, private_bytes: int, lost: int = 0, balloon: Balloon | None = None
+) -> CounterValues:
     """Return the counters of a machine of so much shared and private memory; ``lost`` beside what the snapshot lost."""
     waiting, applying, discarding = (
         (part.p50, part.p90, part.p99, part.maximum)
@@ -24,6 +26,7 @@ def counter_values(snapshot: StatsSnapshot, *, shared_bytes: int, private_bytes:
         discarding_us=discarding,
         lost=snapshot.uncounted + lost,
         hottest=[(hot.gpa, hot.size_bytes, hot.count, hot.overcount) for hot in snapshot.hottest],
+        balloon=balloon,
     )
 
 

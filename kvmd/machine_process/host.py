@@ -27,7 +27,7 @@ from kvmd.machine_process.folder import (
     LastConversions,
     MachineFolder,
 )
-from kvmd.machine_process.hosted import HostedMachine
+from kvmd.machine_process.hosted import Balloon, HostedMachine
 from kvmd.machine_process.kept_conversions import ConversionKeeper
 from kvmd.machine_process.messages import Balloon as BalloonState
 from kvmd.machine_process.messages import CounterValues
@@ -192,9 +192,7 @@ class MachineHost:
             if target_bytes % PAGE_SIZE or not 0 <= target_bytes < most:
                 raise IndexError(f"target: {target_bytes} is not a number of whole pages below the {most} of memory")
             balloon.set_target(target_bytes)
-        return BalloonState(
-            balloon.target_bytes, balloon.actual_bytes, balloon.discarded_bytes, self.machine.held_bytes()
-        )
+        return _balloon_state(balloon, self.machine.held_bytes())
 
     def attach_agent(self) -> PortConnection:
         """Return a connection to the agent, which its owner closes.
@@ -212,7 +210,9 @@ class MachineHost:
         """Return what the machine did so far."""
         while self.machine.stats.catch_up(_COUNT_AT_ONCE):
             await trio.lowlevel.checkpoint()
-        return self._count()
+        # A millisecond for each GiB, once a second where somebody follows: not in the event loop's thread.
+        held = None if self.machine.balloon is None else await trio.to_thread.run_sync(self.machine.held_bytes)
+        return self._count(held)
 
     async def _run_machine(self) -> Stop:
         if self._never_started:
@@ -257,7 +257,9 @@ class MachineHost:
         self.log.warning("not-shut-down", seconds=self._shutdown_seconds, consequence="it is stopped")
         self.stop()
 
-    def _count(self) -> CounterValues:
+    def _count(self, held_bytes: int | None = None) -> CounterValues:
+        """Return the counters; without ``held_bytes`` of a machine at its end, which will hold none."""
+        balloon = self.machine.balloon
         snapshot = self.machine.stats.snapshot()
         shared = private = 0
         for range_, state in self.machine.memory_map():
@@ -265,7 +267,12 @@ class MachineHost:
                 shared += range_.size_bytes
             else:
                 private += range_.size_bytes
-        return counter_values(snapshot, shared_bytes=shared, private_bytes=private)
+        return counter_values(
+            snapshot,
+            shared_bytes=shared,
+            private_bytes=private,
+            balloon=None if balloon is None else _balloon_state(balloon, held_bytes or 0),
+        )
 
     def _write_end(self, stop: Stop) -> None:
         """Write what outlives the process; the end last, since who finds it looks no further."""
@@ -298,3 +305,7 @@ class MachineHost:
 
     def _file_failed(self, error: OSError) -> None:
         self.log.error("machine-file-not-written", problem=error.strerror, consequence="the guest goes on")
+
+
+def _balloon_state(balloon: Balloon, held_bytes: int) -> BalloonState:
+    return BalloonState(balloon.target_bytes, balloon.actual_bytes, balloon.discarded_bytes, held_bytes)

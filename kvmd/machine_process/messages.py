@@ -243,6 +243,7 @@ class CounterValues(msgspec.Struct, frozen=True, tag="counters"):
         lost: records that the ring dropped before they were counted.
         hottest: gpa, bytes, count and overcount of the ranges that were converted most: see
             ``kvmd.conversion.hottest.HotRange``.
+        balloon: what ``AskBalloon`` is answered by, or None where there is no balloon.
     """
 
     requests: list[tuple[str, str, str, int]]
@@ -253,6 +254,7 @@ class CounterValues(msgspec.Struct, frozen=True, tag="counters"):
     discarding_us: tuple[float, float, float, float]
     lost: int
     hottest: list[tuple[int, int, int, int]] = []
+    balloon: Balloon | None = None
 
 
 class MemoryMap(msgspec.Struct, frozen=True, tag="map"):

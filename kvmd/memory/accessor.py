@@ -136,8 +136,12 @@ class HostAccessor:
         discarded = 0
         with self._lock:
             for run in list(self._state.runs(PageState.SHARED, within)):
-                self._shared.discard(run)
-                discarded += run.size_bytes
+                # What lies in the hole has a state like all else, and is no memory all the same.
+                below, above = min(run.end, self._hole_start), max(run.start, self._hole_end)
+                for start, end in ((run.start, below), (above, run.end)):
+                    if start < end:
+                        self._shared.discard(GpaRange(start, end))
+                        discarded += end - start
         return discarded
 
     def _require_shared(self, gpa: int, size_bytes: int) -> None:

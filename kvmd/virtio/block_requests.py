@@ -14,7 +14,7 @@ from kvmd.virtio.abi import SECTOR_BYTES
 from kvmd.virtio.device import Activation
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.live_queue import LiveQueue, QueueStopped, Ring
-from kvmd.virtio.memory import Segments, gather, scatter, split, total_bytes, views
+from kvmd.virtio.memory import PART_BYTES, Segments, gather, scatter, split, total_bytes, views
 from kvmd.virtio.split_queue import Chain, QueueError
 
 T_IN = 0
@@ -46,6 +46,7 @@ BATCH = 64
 """Requests taken before others have the event loop again."""
 
 ERRORS_LOGGED = 8
+"""Of one disk: a guest that resets the device and asks again does not fill the log."""
 
 _HEADER = struct.Struct("<IIQ")
 _SEGMENT = struct.Struct("<QII")
@@ -109,7 +110,6 @@ class BlockRequests:
         self._direct = not active.memory.converts
         self._stable = stable
         self._align_mask = disk.block_bytes - 1
-        self._errors = 0
         # One for each worker at most; a mapping, since that is aligned to a page, as O_DIRECT wants.
         self._buffers: list[memoryview] = []
 
@@ -128,7 +128,7 @@ class BlockRequests:
                 chain = ring.pop()
                 if chain is None:
                     return ring.arm()
-                inline += self._begin(ring, chain)
+                inline += self._begin(ring, chain) + PART_BYTES * (len(chain.readable) + len(chain.writable))
                 if inline >= INLINE_LIMIT:
                     break
         return True
@@ -252,8 +252,8 @@ class BlockRequests:
             status = S_OK
         except OSError as error:
             status = S_IOERR
-            self._errors += 1
-            if self._errors <= ERRORS_LOGGED:
+            self._disk.errors += 1
+            if self._disk.errors <= ERRORS_LOGGED:
                 _log.warning("disk error", disk=self._disk.path, offset=request.offset, error=error.strerror)
         read_bytes = total_bytes(request.data) if request.kind == T_IN and status == S_OK else 0
         with self.queue as ring:
@@ -269,6 +269,8 @@ class BlockRequests:
                 self._disk.flush()
             case _:
                 for offset, size_bytes, unmap in request.ranges or ():
+                    if self.queue.stopped:
+                        return  # zeros that have to be written take their time, and nobody waits for them any more
                     if request.kind == T_DISCARD:
                         self._disk.discard(offset, size_bytes)
                     else:

@@ -170,7 +170,10 @@ class _Running:
                         done = scatter(self._memory, chain.writable, data)
                         ring.push(chain, done)
                         data = data[done:]
-                if not more:
+                # A guest may offer one byte at a time, as fast as it is given.
+                if more:
+                    await trio.lowlevel.checkpoint()
+                else:
                     await queue.wait()
 
     async def _until_open(self) -> None:

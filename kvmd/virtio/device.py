@@ -39,7 +39,7 @@ PAUSE_SECONDS = 5.0
 """How long a pause waits for I/O."""
 
 FAILURES_LOGGED = 8
-"""A guest that breaks and resets a device for ever does not fill the log."""
+"""A guest that breaks and resets a device for ever, or accepts what it was not offered, does not fill the log."""
 
 _log = structlog.get_logger(__name__)
 
@@ -213,6 +213,7 @@ class VirtioDevice(Closing):
         self._activation: Activation | None = None
         self._draining: Transfers | None = None
         self._failures = 0
+        self._refusals = 0
         self.standstill = Standstill()
         self.queues = self._new_queues()
         self._fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(len(model.queue_sizes) + 1)]
@@ -340,7 +341,7 @@ class VirtioDevice(Closing):
                 refusal = self._refusal()
                 if refusal is not None:
                     new &= ~Status.FEATURES_OK
-                    _log.warning("virtio driver refused", device=self.name, reason=refusal)
+                    self._tell_refusal(refusal)
             self._status |= new
             if new & Status.DRIVER_OK:
                 if not self._status & Status.FEATURES_OK:
@@ -351,6 +352,12 @@ class VirtioDevice(Closing):
             self.fail(problem)
         elif new & Status.DRIVER_OK:
             self._tell_server()
+
+    def _tell_refusal(self, reason: str) -> None:
+        self._refusals += 1
+        if self._refusals <= FAILURES_LOGGED:
+            more = {"note": "further ones of this device are not logged"} if self._refusals == FAILURES_LOGGED else {}
+            _log.warning("virtio driver refused", device=self.name, reason=reason, **more)
 
     def _refusal(self) -> str | None:
         if not self._accepted & F_VERSION_1:

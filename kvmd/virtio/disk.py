@@ -49,6 +49,7 @@ class RawDisk(Closing):
         read_only: as given.
         block_bytes: what requests should be multiples of: 512, or what O_DIRECT asks for.
         direct: as given.
+        errors: requests that failed so far, counted by whoever makes them.
 
     Raises:
         ConfigError: it is missing, of another kind, locked, read-only, empty, or not a multiple of 512 bytes; or
@@ -63,6 +64,7 @@ class RawDisk(Closing):
         self.read_only = read_only
         self.direct = direct
         self.block_bytes = SECTOR_BYTES
+        self.errors = 0
         self._nowait = not direct
         with ExitStack() as stack:
             self._fd = self._open(0)

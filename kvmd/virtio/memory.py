@@ -9,6 +9,10 @@ from typing import Protocol
 Segments = Sequence[tuple[int, int]]
 """Pieces of guest memory, each as (gpa, bytes): what a chain of descriptors says, not yet looked at."""
 
+PART_BYTES = 1 << 10
+"""What a part of a buffer costs whoever has others wait for its turn, beside its bytes: some microseconds where pages
+may be private, so as much as that many bytes, and a buffer may have 511 parts of a byte each."""
+
 
 class GuestMemory(Protocol):
     """Shared guest memory, without a copy."""

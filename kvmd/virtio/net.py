@@ -12,7 +12,7 @@ import trio
 from kvmd.virtio.abi import DeviceId
 from kvmd.virtio.device import Activation, Host
 from kvmd.virtio.live_queue import LiveQueue, Ring
-from kvmd.virtio.memory import split, total_bytes, views
+from kvmd.virtio.memory import PART_BYTES, split, total_bytes, views
 from kvmd.virtio.net_buffers import HEADER_BYTES, ReceiveBuffers
 from kvmd.virtio.split_queue import Chain, QueueError
 
@@ -202,7 +202,7 @@ class NetworkDevice:
                         full = True
                         break
                     ring.push(chain, 0)
-                    size_bytes += frame_bytes
+                    size_bytes += frame_bytes + PART_BYTES * len(chain.readable)
                     if size_bytes >= BATCH_BYTES:
                         break
             if full:

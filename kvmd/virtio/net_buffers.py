@@ -9,6 +9,10 @@ from kvmd.virtio.split_queue import Chain, QueueError
 HEADER_BYTES = 12
 """The struct virtio_net_hdr, with num_buffers."""
 
+PARTS_LIMIT = 512
+"""Parts of buffers after which no further one is taken, however small they are: one buffer has 511 at most (a chain of
+255 descriptors and an indirect table of 256), and what one readv takes is 1024 (IOV_MAX)."""
+
 _NUM_BUFFERS = 10
 
 
@@ -48,7 +52,8 @@ class ReceiveBuffers:
     def fill(self, ring: Ring) -> bool:
         """Take buffers until the largest frame fits; tell whether a frame may be read.
 
-        True also where the driver has nothing left to give: its ring is small, and what does not fit is dropped.
+        True also where the driver has nothing left to give, its ring being small, and where its buffers are in more
+        parts than a frame can be read into: what does not fit is dropped.
 
         Raises:
             QueueError: a buffer has no room for a header.
@@ -56,7 +61,7 @@ class ReceiveBuffers:
         """
         if not self._mergeable:
             return bool(self._chains) or self._take(ring)
-        while self._room < self._frame_limit:
+        while self._room < self._frame_limit and len(self.views) < PARTS_LIMIT:
             if not self._take(ring):
                 return bool(self._chains) and ring.outstanding >= ring.size
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 import trio
 
-from kvmd.virtio.device import Activation, VirtioDevice
+from kvmd.virtio.device import FAILURES_LOGGED, Activation, VirtioDevice
 from kvmd.virtio.live_queue import QueueStopped
 
 _log = structlog.get_logger(__name__)
@@ -29,7 +29,8 @@ async def serve(device: VirtioDevice) -> None:
         except* QueueStopped:
             await _until_over(device, activation)
         except* Exception as group:  # noqa: BLE001 - one device's end is not the machine's
-            _log.exception("virtio device failed by a fault of kvmd", device=device.name, exc_info=group)
+            if device.failures < FAILURES_LOGGED:
+                _log.exception("virtio device failed by a fault of kvmd", device=device.name, exc_info=group)
             device.fail(f"a fault of kvmd: {group.exceptions[0]!r}")
 
 

@@ -140,8 +140,9 @@ class SplitQueue:
             self._avail_index = index = self._avail[1]
             if index == at:
                 return None
-            # What is outstanding counts: a driver has no more buffers than descriptors.
-            if (index - self._next_used) & 0xFFFF > self.size:
+            # What is outstanding counts: a driver has no more buffers than descriptors. Counted from ``_next_used`` on,
+            # an index that goes back among what is outstanding would pass for one that goes on by almost 65536.
+            if ((index - at) & 0xFFFF) + self.outstanding > self.size:
                 raise QueueError(
                     f"the available index jumped to {index}: {(index - at) & 0xFFFF} new buffers and "
                     f"{self.outstanding} in use are more than {self.size}"

@@ -84,6 +84,26 @@ async def test_the_balloon_is_shown_and_told(api: Serving) -> None:
     assert (await api.get("/v1/machines/one/balloon")).json["target"] == 8 * MIB
 
 
+async def test_the_balloons_figures_are_among_the_metrics_of_those_that_have_one(
+    api: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await api.request("PUT", "/v1/machines/one/balloon", {"target": "8M"})
+    asked: list[str] = []
+    monkeypatch.setattr(api.fleet, "balloon", asked.append)  # which the counters make needless
+    lines = (await api.get("/v1/metrics")).body.decode().splitlines()
+    assert [line for line in lines if line.startswith("kvmd_balloon_")] == [
+        f'kvmd_balloon_target_bytes{{machine="one"}} {8 * MIB}',
+        f'kvmd_balloon_actual_bytes{{machine="one"}} {4 * MIB}',
+        f'kvmd_balloon_held_bytes{{machine="one"}} {16 * MIB}',
+        f'kvmd_balloon_given_back_bytes_total{{machine="one"}} {4 * MIB}',
+    ]
+    kinds = dict(line.removeprefix("# TYPE kvmd_balloon_").split() for line in lines if "TYPE kvmd_balloon_" in line)
+    assert kinds == dict.fromkeys(["target_bytes", "actual_bytes", "held_bytes"], "gauge") | {
+        "given_back_bytes_total": "counter"
+    }
+    assert asked == []
+
+
 async def test_the_power_button(api: Serving) -> None:
     pressed = await api.post("/v1/machines/one/power-button")
     assert (pressed.status, pressed.json["end"]["reason"]) == (200, "guest-power-off")

@@ -358,6 +358,7 @@ class FakeFleet:
             discarding_us=(3.0, 3.0, 3.0, 3.0),
             lost=0,
             hottest=hottest.top(10),
+            balloon=self._balloon(guest) if guest.info.spec.balloon else None,
         )
 
     async def memory_map(self, name: str) -> MemoryMap:
@@ -468,9 +469,14 @@ class FakeFleet:
         spec = guest.info.spec
         if not spec.balloon:
             raise NoSuchDevice("the machine has no balloon: Linux guests have one with balloon = true")
+        return self._balloon(guest)
+
+    def _balloon(self, guest: FakeGuest) -> Balloon:
+        spec = guest.info.spec
         target = spec.balloon_target if guest.balloon_target is None else guest.balloon_target
         changed = guest.balloon_target is not None
-        return Balloon(target, target // 2, target // 2 if changed else 0, spec.memory // 4)
+        held = 0 if guest.info.state == "stopped" else spec.memory // 4
+        return Balloon(target, target // 2, target // 2 if changed else 0, held)
 
     async def set_balloon(self, name: str, target_bytes: int) -> Balloon:
         await self.balloon(name)

@@ -129,9 +129,12 @@ async def test_the_balloon_is_told_and_asked(site: Site) -> None:
         for target in (-4096, 100, MEMORY, 1 << 62):
             with pytest.raises(ValueError, match=f"target: {target} is not"):
                 await fleet.set_balloon("guest", target)
+        # The counters bring it along, so that figures of all machines are one question to each.
+        assert (await fleet.counters("guest")).balloon == await fleet.balloon("guest")
         await fleet.stop("guest")
         with pytest.raises(MachineStateError):
             await fleet.balloon("guest")
+        assert (await fleet.counters("guest")).balloon == Balloon(16 << 20, 8 << 20, 8 << 20, 0), "it holds nothing now"
 
 
 async def test_the_power_button_ends_a_guest_that_listens(site: Site) -> None:
@@ -218,6 +221,7 @@ async def test_a_machine_without_a_device_says_so(site: Site) -> None:
         with pytest.raises(NoSuchDevice, match="no port for an agent"):
             async with fleet.agent("guest"):
                 pass
+        assert (await fleet.counters("guest")).balloon is None
         with pytest.raises(NoSuchDevice, match="no balloon"):
             await fleet.balloon("guest")
         with pytest.raises(NoSuchDevice, match="no balloon"):

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
+import threading
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -19,8 +22,11 @@ from kvmd.network.own_thread import in_own_thread
 from kvmd.network.tap import Tap
 from kvmd.spec import spec_of
 from kvmd.stop import Stop, StopReason
+from kvmd.virtio.abi import F_VERSION_1
+from kvmd.virtio.mmio import MmioTransport
 from tests.linux.kernels import bzimage, running, vmlinux
 from tests.own_network import CAP_NET_ADMIN, keep_capabilities, own_network
+from tests.virtio.driver import Driver, DriverQueue, Memory
 
 pytestmark = pytest.mark.kvm
 
@@ -105,6 +111,69 @@ def test_virtio_devices_are_where_acpi_says(host: Host, tmp_path: Path) -> None:
     )
     assert stop.reason is StopReason.GUEST_POWER_OFF, stop.message
     assert console == b"virt"
+
+
+class GuestMemory:
+    """A machine's memory for the driver of the virtio tests."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.read = machine.memory.read
+        self.write = machine.memory.write
+        self._free = 32 << 20
+
+    def allocate(self, size_bytes: int, align: int = 16) -> int:
+        gpa = -(-self._free // align) * align
+        self._free = gpa + size_bytes
+        return gpa
+
+
+def test_a_notification_is_served_by_the_event_loop_and_answered_by_an_interrupt(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No vCPU leaves the guest for either: an ioeventfd takes the one, an irqfd the other, seen by the PIC here."""
+    written: list[int] = []
+    served: list[str] = []
+    real_write, real_random = MmioTransport.write, os.urandom
+
+    def write(transport: MmioTransport, offset: int, data: bytes) -> None:
+        written.append(offset)
+        real_write(transport, offset, data)
+
+    def random(size_bytes: int) -> bytes:
+        if size_bytes == 64:
+            served.append(threading.current_thread().name)
+        return real_random(size_bytes)
+
+    gpa = 33 << 20  # the first queue's used ring, as the driver is told below
+    code = (
+        b"\xbb\x50\x00\x00\xd0\xc7\x03\x00\x00\x00\x00"  # mov ebx, 0xd0000050; mov dword [rbx], 0
+        + (b"\xb9" + struct.pack("<I", gpa + 2))  # mov ecx, gpa + 2
+        + b"\x66\x83\x39\x00\x74\xfa"  # again: cmp word [rcx], 0; jz again
+        + b"\x66\xba\x20\x00\xec\xa8\x20\x74\xfb"  # mov dx, 0x20; again: in al, dx; test al, 1 << 5; jz again
+    )
+    with host.open(running(code + POWER_OFF + HANG), entropy=True) as machine:
+        assert machine._devices is not None
+        (device,) = machine._devices.virtio
+        driver = Driver(cast("Memory", GuestMemory(machine)), MmioTransport(device), -1)
+        assert driver.negotiate(F_VERSION_1)
+        queue = DriverQueue(driver, 0, 16)
+        queue.used = gpa
+        driver.place_queue(0, 16, (queue.table, queue.avail, queue.used))
+        driver.go()
+        queue.offer((), [(40 << 20, 64)])
+        monkeypatch.setattr(MmioTransport, "write", write)
+        monkeypatch.setattr("os.urandom", random)
+
+        async def main() -> Stop:
+            with trio.fail_after(SECONDS):
+                return await machine.run()
+
+        stop = trio.run(main)
+        assert stop.reason is StopReason.GUEST_POWER_OFF, stop.message
+        assert queue.take_used() == [(0, 64)]
+        assert machine.memory.read(40 << 20, 64) != bytes(64)
+    assert served == [threading.current_thread().name]
+    assert written == [], "no vCPU left the guest for it"
 
 
 def test_memory_beyond_three_gibibytes_is_above_four(host: Host) -> None:

@@ -220,3 +220,16 @@ def test_only_shared_memory_is_discarded_and_what_is_no_memory_is_passed_over(ri
     assert rig.accessor.discard(GpaRange(3 * PAGE_SIZE, 2 * SIZE)) == PAGE_SIZE
     assert rig.shared.held_bytes() == PAGE_SIZE
     assert rig.accessor.read(3 * PAGE_SIZE - 1, 2) == b"x\0"
+
+
+@pytest.mark.parametrize("start", [0, 2, 3, 5, 6])
+def test_devices_addresses_between_two_ranges_of_memory_are_not_given_back(start: int) -> None:
+    hole = GpaRange(3 * PAGE_SIZE, 5 * PAGE_SIZE)
+    with Backing("shared", SIZE) as shared:
+        state = PageStateMap(SIZE, PageState.SHARED)
+        accessor = HostAccessor(state, shared, threading.Lock(), converts=False, hole=hole)
+        shared.write(0, b"x" * SIZE)
+        expected = len({0, 1, 2, 5, 6} & set(range(start, 7))) * PAGE_SIZE
+        assert accessor.discard(GpaRange(start * PAGE_SIZE, 7 * PAGE_SIZE)) == expected
+        assert shared.held_bytes() == SIZE - expected
+        assert accessor.discard(hole) == 0

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import structlog
+import trio
 
 from kvmd.errors import HostError
 from kvmd.network import namespace, tap
 from kvmd.network.left_behind import is_anything_ours, remove_left_behind
+from kvmd.network.links import Links
 from kvmd.network.naming import GROUP, LOCK, guest_mac
 from kvmd.network.networks import Networks, open_networks
 from kvmd.network.own_thread import in_own_thread
@@ -205,6 +207,7 @@ def test_what_is_given_is_taken() -> None:
         assert "mtu 9000" in ip("link", "show", "vms")
         assert "mtu 9000" in ip("link", "show", "eve0")
         assert f"group {GROUP}" in ip("link", "show", "eve0")
+        assert "alias kvmd: web" in ip("link", "show", "eve0")
         # Nobody gave it an address: nobody can talk to the host through it, not by IPv6 either.
         assert "inet" not in ip("address", "show", "vms")
         assert "inet" not in ip("address", "show", "eve0")
@@ -446,6 +449,37 @@ def test_nobody_who_wants_no_network_imports_pyroute2() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], check=False, timeout=60)  # noqa: S603 - ours
     assert done.returncode == 0
+
+
+@own_network
+def test_pyroute2_is_opened_used_and_closed_in_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under an event loop of trio's: what runs asyncio must not meet it, and ends before the call returns."""
+    opened: dict[Links, threading.Thread] = {}
+    closed: dict[Links, threading.Thread] = {}
+    real_open, real_close = Links.__init__, Links.close
+
+    def open_(links: Links) -> None:
+        real_open(links)
+        opened[links] = threading.current_thread()
+
+    def close(links: Links) -> None:
+        real_close(links)
+        closed[links] = threading.current_thread()
+
+    monkeypatch.setattr(Links, "__init__", open_)
+    monkeypatch.setattr(Links, "close", close)
+
+    async def main() -> None:
+        with open_networks([MADE, ALONE], machine="web"):
+            assert opened == closed
+            assert len(opened) >= 2
+        assert remove_left_behind() == []
+        await trio.lowlevel.checkpoint()
+
+    trio.run(main)
+    assert opened == closed
+    assert {thread.name for thread in opened.values()} == {"kvmd-network"}
+    assert not any(thread.is_alive() for thread in opened.values())
 
 
 def test_no_networks_are_none() -> None:

@@ -154,6 +154,30 @@ def test_reads_and_writes_in_pieces(image: Path) -> None:
     assert image.read_bytes()[200:206] == b"stable"
 
 
+def test_what_is_to_be_on_the_disk_is_asked_of_the_kernel(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real_write, real_sync = os.pwritev, os.fdatasync
+
+    def write(fd: int, views: list[bytes], offset: int, flags: int = 0) -> int:
+        asked.append("stable write" if flags & os.RWF_DSYNC else "write")
+        return real_write(fd, views, offset, flags)
+
+    def sync(fd: int) -> None:
+        asked.append("sync")
+        real_sync(fd)
+
+    monkeypatch.setattr(os, "pwritev", write)
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with RawDisk(image) as disk:
+        disk.write([b"a"], 0, stable=False)
+        disk.write([b"b"], 0, stable=True)
+        disk.flush()
+    assert asked == ["write", "stable write", "sync"]
+    with RawDisk(image, read_only=True) as disk:
+        disk.flush()
+    assert len(asked) == 3
+
+
 def test_a_short_transfer_goes_on_where_it_ended(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = image.read_bytes()
     real = os.preadv

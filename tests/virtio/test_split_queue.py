@@ -155,7 +155,7 @@ def test_event_indices_save_notifications(memory: Memory) -> None:
 # -- what no driver should do ----------------------------------------------------------------------------------------
 
 
-def break_rule(pair: Pair, what: str) -> None:  # noqa: C901, PLR0912 - one case a rule
+def break_rule(pair: Pair, what: str) -> None:  # noqa: C901, PLR0912, PLR0915 - one case a rule
     queue = pair.driver
     match what:
         case "head":
@@ -182,6 +182,12 @@ def break_rule(pair: Pair, what: str) -> None:  # noqa: C901, PLR0912 - one case
             queue.set_avail_index(9)
         case "backwards":
             queue.set_avail_index(-1)
+        case "backwards under what is in use":
+            for index in range(3):
+                queue.describe(index, 0x1000, 1)
+                queue.offer_head(index)
+                assert pair.ring.pop() is not None
+            queue.set_avail_index(2)
         case "more than all":
             for index in range(8):
                 queue.describe(index, 0x1000, 1)
@@ -217,6 +223,10 @@ def break_rule(pair: Pair, what: str) -> None:  # noqa: C901, PLR0912 - one case
         ("4 GiB", "the chain at descriptor 0 describes 12884901885 bytes, more than 4 GiB"),
         ("jump", "the available index jumped to 9: 9 new buffers and 0 in use are more than 8"),
         ("backwards", "the available index jumped to 65535: 65535 new buffers and 0 in use are more than 8"),
+        (
+            "backwards under what is in use",
+            "the available index jumped to 2: 65535 new buffers and 3 in use are more than 8",
+        ),
         ("more than all", "the available index jumped to 9: 1 new buffers and 8 in use are more than 8"),
         ("indirect and next", "descriptor 0 is both indirect and followed by another"),
         ("indirect in indirect", "an indirect table within an indirect table"),

@@ -15,6 +15,19 @@ from kvmd.fleet.base import MACHINE_STATES, Counters, MachineInfo
 
 _QUANTILES = ("0.5", "0.9", "0.99", "1")
 
+_BALLOON = (
+    ("target_bytes", "gauge", "target_bytes", "What a guest with a balloon is asked to do without."),
+    ("actual_bytes", "gauge", "actual_bytes", "What it says that it does without."),
+    ("held_bytes", "gauge", "held_bytes", "What its memory takes up of the host's now."),
+    (
+        "given_back_bytes_total",
+        "counter",
+        "given_back_bytes",
+        "What the host has taken back: of the balloon, and of pages that were reported as free.",
+    ),
+)
+"""Of each figure of a balloon: its name, kind, attribute of ``kvmd.fleet.base.Balloon``, and meaning."""
+
 Sample = tuple[str, dict[str, str], float]
 """The name, the labels and the value of one line."""
 
@@ -81,6 +94,11 @@ def render(machines: Iterable[MachineInfo], counters: dict[str, Counters], figur
     name = "kvmd_conversion_records_lost_total"
     lost = [(name, {"machine": machine}, found.lost) for machine, found in sorted(counters.items())]
     family(name, "counter", "Records dropped before they were counted.", lost)
+    balloons = [(machine, found.balloon) for machine, found in sorted(counters.items()) if found.balloon is not None]
+    for figure, kind, attribute, what in _BALLOON:
+        name = f"kvmd_balloon_{figure}"
+        sizes: list[Sample] = [(name, {"machine": machine}, getattr(found, attribute)) for machine, found in balloons]
+        family(name, kind, what, sizes)
     name = "kvmd_api_connections"
     family(name, "gauge", "Open connections.", [(name, {}, figures.open_connections)])
     name = "kvmd_api_connections_total"
