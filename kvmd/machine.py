@@ -33,7 +33,7 @@ from kvmd.devices.power import (
     keyboard_reset,
 )
 from kvmd.devices.uart16550 import Uart16550
-from kvmd.errors import MachineStateError
+from kvmd.errors import ImageError, MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
 from kvmd.guest_files import read_file
 from kvmd.hardware import Hardware
@@ -42,7 +42,7 @@ from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
 from kvmd.run_gate import RunGate
 from kvmd.spec import MachineSpec
-from kvmd.stop import Stop, StopReason
+from kvmd.stop import STOPPED, Stop, StopReason
 from kvmd.units import format_size
 from kvmd.vcpu_tasks import VcpuTasks
 
@@ -196,9 +196,9 @@ class Machine(Closing):
             log.error("console-tail", lines=lines)
         return stop
 
-    def stop(self) -> None:
+    def stop(self, message: str = STOPPED) -> None:
         """Stop the guest as the operator wishes. On the event loop's thread; harmless when it has ended."""
-        self._tasks.stop(Stop.because(StopReason.OPERATOR, "stopped by the operator"))
+        self._tasks.stop(Stop.because(StopReason.OPERATOR, message))
 
     async def pause(self) -> None:
         """Take all vCPUs out of the guest, with their I/O completed, and let devices rest: its memory stays as it is.
@@ -305,6 +305,8 @@ def _open_linux(spec: MachineSpec, kernel: Path, opened: Mapping[str, int]) -> H
 
     parsed = parse_kernel(read_file("kernel", kernel, opened.get("kernel")))
     initrd = b"" if spec.initrd is None else read_file("initrd", spec.initrd, opened.get("initrd"))
+    if spec.initrd is not None and not initrd:
+        raise ImageError(f"the initrd {spec.initrd} is empty: make it again, or leave `initrd` out")
     return open_linux_hardware(spec, LinuxImage(parsed, initrd), devices=device_count(spec))
 
 

@@ -137,20 +137,19 @@ class RequestChannel(Generic[T]):
         if self._pays and not self._in_channel:
             watch = self._watch
             watch.waiting = True
-            if not watch.watching:
-                watch.resume()
-            item = self._handed.get()
-            watch.waiting = False
-            if item is None:
+            if watch.watching or watch.resume():
+                item = self._handed.get()
+                watch.waiting = False
+                if item is not None:
+                    self._taken += 1
+                    self._send_nowait([item])
+                    if self._handed.empty():
+                        return self._receive_nowait()
+                    self._in_channel += 1
+                    return self.take()
                 self._ends_taken += 1
-                self._pays = False
-            else:
-                self._taken += 1
-                self._send_nowait([item])
-                if self._handed.empty():
-                    return self._receive_nowait()
-                self._in_channel += 1
-                return self.take()
+            watch.waiting = False
+            self._pays = False
         self._idle_since_ns = time.monotonic_ns()
         return self.take()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from kvmd.conversion.ring import RecordRing
@@ -11,14 +12,22 @@ from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
-from kvmd.stop import Stop
+from kvmd.stop import STOPPED, Stop
+
+SHUTDOWN_SECONDS = 10.0
+"""How long a guest may take that was asked by its power button to shut down, before it is stopped. systemd gives a
+machine's process 20 s (TimeoutStopSec=)."""
 
 
 class Stoppable(Protocol):
     """Something that the operator can stop."""
 
-    def stop(self) -> None:
-        """Stop as the operator wishes; harmless when it has ended."""
+    @property
+    def power_button(self) -> Callable[[], None] | None:
+        """What presses its power button, if it has one."""
+
+    def stop(self, message: str = STOPPED) -> None:
+        """Stop as the operator wishes, for the reason that ``message`` gives; harmless when it has ended."""
 
 
 class Runnable(Stoppable, Protocol):

@@ -111,6 +111,11 @@ _EXIT_STATUS: dict[StopReason, ExitStatus | LinuxStatus] = {
 }
 
 
+STOPPED = "stopped by the operator"
+NOT_SHUT_DOWN = f"{STOPPED}: the guest did not shut down when its power button was pressed"
+"""Messages of ``StopReason.OPERATOR``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stop:
     """A machine's end.

@@ -18,9 +18,8 @@ class WaitWatch:
     That thread does this around each::
 
         watch.waiting = True
-        if not watch.watching:
-            watch.resume()
-        ...  # wait
+        if watch.watching or watch.resume():
+            ...  # wait
         watch.waiting = False
 
     There is no lock. The waiting thread says that it waits before it looks whether it is watched, and the watching one
@@ -48,13 +47,18 @@ class WaitWatch:
         self._orders: SimpleQueue[bool] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def resume(self) -> None:
-        """Watch again, until there are no waits for some time."""
-        self.watching = True
+    def resume(self) -> bool:
+        """Watch again, until there are no waits for some time; false where the host gives no thread for it."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="kvmd-wait-watch", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="kvmd-wait-watch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the limit of processes or tasks is reached
+                return False
+            self._thread = thread
+        self.watching = True
         self._orders.put(item=True)
+        return True
 
     def close(self) -> None:
         """End the thread, once nobody waits any more; harmless the second time."""

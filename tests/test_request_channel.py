@@ -10,6 +10,7 @@ import trio
 
 from kvmd import request_channel
 from kvmd.request_channel import RequestChannel
+from kvmd.wait_watch import WaitWatch
 
 
 class Late:
@@ -162,6 +163,18 @@ async def test_an_end_that_comes_when_nobody_waits_any_more_is_no_item(channel: 
     assert (channel.count, channel.take()) == (1, [1])
     channel._end_wait()
     assert channel.close() == []
+
+
+async def test_where_nothing_can_end_a_wait_there_is_none(
+    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
+    monkeypatch.setattr(WaitWatch, "resume", lambda _watch: False)
+    nursery.start_soon(channel.carry)
+    await make_it_pay(channel)
+    assert channel.linger() == []
+    channel.put(6)
+    assert await channel.receive() == [6]
 
 
 async def test_lingering_never_waits_while_something_is_in_the_trio_channel(

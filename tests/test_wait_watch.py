@@ -25,8 +25,7 @@ class Waits:
 
     def wait(self) -> int | None:
         self.watch.waiting = True
-        if not self.watch.watching:
-            self.watch.resume()
+        assert self.watch.watching or self.watch.resume()
         item = self.queue.get(timeout=MOST)
         self.watch.waiting = False
         self.made += item is not None
@@ -79,6 +78,17 @@ def test_who_begins_to_wait_just_as_it_ceases_to_watch_is_noticed() -> None:
         assert watch.watching
     finally:
         watch.close()
+
+
+def test_without_a_thread_nobody_is_to_wait(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        assert not waits.watch.resume()
+        assert not waits.watch.watching
+    assert waits.wait() is None, "there is one again"
 
 
 def test_closing_one_that_never_watched_does_nothing() -> None:

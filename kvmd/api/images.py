@@ -142,11 +142,18 @@ def _open_in_folders(image: str, folders: Sequence[Path], what: str = "image") -
             if problem != errno.ENOENT:
                 break
     where = ", ".join(str(folder) for folder in folders) or "none"
-    why = "it leads out of them" if problem == errno.EXDEV else os.strerror(problem)
-    raise ImageError(
-        f"cannot open the {what} {shown} in an allowed folder ({where}): {why}; pass the file itself, or have the "
-        "folder allowed in kvmd.toml"
-    )
+    mend = "have the folder allowed in kvmd.toml"
+    match problem:
+        case errno.EINVAL:
+            raise ImageError(f"the {what} {shown} in an allowed folder ({where}) is not an ordinary file: name one")
+        case errno.EXDEV:
+            why = "it leads out of them"
+        case errno.EACCES | errno.EPERM:
+            why, mend = os.strerror(problem), "let kvmd's user read it"
+        case _:
+            why = os.strerror(problem)
+    pass_it = "" if what in {"initrd", "disk"} else "pass the file itself, or "
+    raise ImageError(f"cannot open the {what} {shown} in an allowed folder ({where}): {why}; {pass_it}{mend}")
 
 
 def _open_beneath(folder: Path, inside: Path) -> int:

@@ -32,6 +32,8 @@ _PARTS = (
 """Names of parts, each with what a stack of it holds; a stack belongs to the first that fits."""
 
 _SHOWN = 12
+_NO_FRAME = "outside of any Python function"
+"""What starts and ends a thread, and what the profiler found half written."""
 
 
 def profile(folder: Path, command: Sequence[str], run: Callable[[Sequence[str]], object]) -> tuple[list[Fact], str]:
@@ -73,7 +75,8 @@ def shares(lines: Iterable[str]) -> tuple[list[tuple[str, float]], list[tuple[st
         stack, _, count = line.rpartition(" ")
         name = next(name for name, marks in _PARTS if any(mark in stack for mark in marks))
         parts[name] += int(count)
-        functions[without_line(stack.split(";")[-1])] += int(count)
+        *outer, last = stack.split(";")
+        functions[without_line(last) if outer else _NO_FRAME] += int(count)
     total = parts.total() or 1
     return (
         [(name, number / total) for name, number in parts.most_common()],

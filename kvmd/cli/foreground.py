@@ -13,8 +13,8 @@ from kvmd.conversion_log import ConversionFileWriter, ConversionSampler
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine_end import log_end
 from kvmd.nonblocking import NonBlockingWriter, write_within
-from kvmd.runnable import Runnable, Stoppable
-from kvmd.stop import ExitStatus, Stop
+from kvmd.runnable import SHUTDOWN_SECONDS, Runnable, Stoppable
+from kvmd.stop import NOT_SHUT_DOWN, STOPPED, ExitStatus, Stop
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -99,23 +99,45 @@ async def watch_signals(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Stop ``machine`` at the first signal of the operator's, and end this process at once at the second."""
+    """Stop ``machine`` at the first signal of the operator's, and end this process at once at the second.
+
+    Where it has a power button, the first signal presses that; the second stops the machine, and so does the end of
+    ``SHUTDOWN_SECONDS``; the third ends this process.
+    """
     # One that was ignored when kvmd started (nohup) stays ignored.
     signals = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def stop(message: str) -> None:
+        # A plain handler from now on: it runs even where the event loop itself hangs.
+        for again in signals:
+            signal.signal(again, end_at_once)
+        machine.stop(message)
+
+    async def stop_later() -> None:
+        await trio.sleep(SHUTDOWN_SECONDS)
+        log.warning("not-shut-down", seconds=SHUTDOWN_SECONDS, consequence="it is stopped")
+        stop(NOT_SHUT_DOWN)
+
     with trio.open_signal_receiver(*signals) as received:
         task_status.started()
-        async for number in received:
-            # A plain handler from now on: it runs even where the event loop itself hangs.
-            for again in signals:
-                signal.signal(again, end_at_once)
-            log.warning("stopping", signal=signal.Signals(number).name, hint="once more to end at once")
-            machine.stop()
+        async with trio.open_nursery() as nursery:
+            pressed = False
+            async for number in received:
+                name = signal.Signals(number).name
+                if machine.power_button is None or pressed:
+                    log.warning("stopping", signal=name, hint="once more to end at once")
+                    stop(NOT_SHUT_DOWN if pressed else STOPPED)
+                    continue
+                pressed = True
+                log.warning("shutting-down", signal=name, seconds=SHUTDOWN_SECONDS, hint="once more to stop it at once")
+                machine.power_button()
+                nursery.start_soon(stop_later)
 
 
 def end_at_once(number: int, _frame: object) -> None:
     """End this process without cleaning up: the kernel frees the guest with it."""
     # The cursor, which a progress display may have hidden, comes back with the line.
-    last_words = f"kvmd: ended at once by a second {signal.Signals(number).name}\n".encode()
+    last_words = f"kvmd: ended at once by another {signal.Signals(number).name}\n".encode()
     if os.isatty(2):
         last_words = b"\r\x1b[?25h" + last_words
     write_within(2, last_words, 0.1)

@@ -17,8 +17,9 @@ from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
 from kvmd.nonblocking import NonBlockingWriter, write_within
 from kvmd.options import log_options, machine_options
+from kvmd.runnable import SHUTDOWN_SECONDS
 from kvmd.spec import MachineSpec, load_spec, resolve_file, resolve_image
-from kvmd.stop import RESERVED_STATUSES, ExitStatus
+from kvmd.stop import RESERVED_STATUSES, ExitStatus, LinuxStatus
 
 STDERR = "-"
 _LAST_WORDS_SECONDS = 1.0
@@ -32,7 +33,9 @@ Exit status: the guest's own, 0 to {RESERVED_STATUSES.start - 1} and {RESERVED_S
   {ExitStatus.HOST_FAULT:d}  the host failed under the running guest
   {ExitStatus.INTERNAL:d}  a bug of kvmd's
   {ExitStatus.STOPPED:d}  stopped by SIGINT (Ctrl-C), SIGTERM or SIGHUP
-  {ExitStatus.KILLED:d}  the same a second time: ended at once
+  {ExitStatus.KILLED:d}  the same once more: ended at once
+A Linux guest is first asked to shut down, by its power button: the status is then {LinuxStatus.POWERED_OFF:d}.
+Where it has not after {SHUTDOWN_SECONDS:.0f} s, it is stopped, and by a second signal at once.
 """
 
 

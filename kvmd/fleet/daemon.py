@@ -37,7 +37,8 @@ async def run_daemon(
     Args:
         state: the state folder.
         serve: see ``Serve``; when it returns by itself, the daemon ends too.
-        drain_seconds: how long clients, and after them machines that are stopped, have to come to an end.
+        drain_seconds: how long clients, and after them machines that are stopped, have to come to an end; Linux guests
+            have ``SHUTDOWN_SECONDS`` before it to shut down.
         stop_machines: stop all machines at the end, instead of leaving them for the next daemon.
         spawner: the command of the machines' parent, where there is no ``pool``.
         pool: starts machines in systemd units of their own.
@@ -51,16 +52,16 @@ async def run_daemon(
     await _remove_left_behind()
     async with open_fleet(state, spawner=spawner, pool=pool) as fleet:
         _log.info("daemon-started", state=str(state), machines=len(fleet.machines()))
-        ending = trio.Event()
-        with trio.CancelScope() as serving:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_watch_signals, ending, serving, drain_seconds)
+        ending, hurry = trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as serving:
+                nursery.start_soon(_watch_signals, ending, hurry, serving, drain_seconds)
                 await serve(fleet, ending)
-                nursery.cancel_scope.cancel()
-        if serving.cancelled_caught:
-            _log.warning("clients-cut-off", after_seconds=drain_seconds)
-        if stop_machines:
-            await fleet.stop_all(drain_seconds)
+            if serving.cancelled_caught:
+                _log.warning("clients-cut-off", after_seconds=drain_seconds)
+            if stop_machines:
+                await fleet.stop_all(drain_seconds, hurry=hurry)
+            nursery.cancel_scope.cancel()
         left = sum(machine.end is None for machine in fleet.machines())
         _log.info("daemon-stopped", machines_running=left)
 
@@ -74,11 +75,16 @@ async def _remove_left_behind() -> None:
         _log.warning("network-left-behind", problem=str(error), consequence="it stays until the next start")
 
 
-async def _watch_signals(ending: trio.Event, serving: trio.CancelScope, drain_seconds: float) -> None:
+async def _watch_signals(
+    ending: trio.Event, hurry: trio.Event, serving: trio.CancelScope, drain_seconds: float
+) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
         async for number in received:
             _log.info("daemon-stopping", signal=signal.Signals(number).name)
-            ending.set()
-            # The second signal is impatient.
-            deadline = trio.current_time() + drain_seconds if serving.deadline == math.inf else -math.inf
-            serving.deadline = deadline
+            if ending.is_set():
+                # The second signal is impatient.
+                hurry.set()
+                serving.deadline = -math.inf
+            else:
+                ending.set()
+                serving.deadline = trio.current_time() + drain_seconds

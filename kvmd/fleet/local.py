@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from kvmd.errors import HostError, MachineExists, MachineSilent, MachineStateError, UnknownMachine
+from kvmd.errors import HostError, MachineExists, MachineSilent, MachineStateError, NoSuchDevice, UnknownMachine
 from kvmd.fleet import looking
 from kvmd.fleet.agent import MachineAgent
 from kvmd.fleet.all_events import AllEvents, Newcomers
@@ -60,6 +60,7 @@ from kvmd.machine_process.messages import (
     Status,
 )
 from kvmd.machine_process.spawning import Reaped
+from kvmd.runnable import SHUTDOWN_SECONDS
 from kvmd.spec import NAME_LIMIT, MachineSpec
 
 _LAST_WORDS_SECONDS = 5.0
@@ -182,12 +183,21 @@ class LocalFleet:
             entry.forget()
         _log.info("machine-deleted", machine=name)
 
-    async def stop_all(self, seconds: float) -> None:
-        """Stop all machines, and kill those that have not stopped within ``seconds``; those not started are killed."""
+    async def stop_all(self, seconds: float, *, hurry: trio.Event | None = None) -> None:
+        """Stop all machines, and kill those that have not stopped within ``seconds``; those not started are killed.
+
+        Guests that have a power button are asked by it first, and stopped when they have not shut down within
+        ``SHUTDOWN_SECONDS``.
+
+        Args:
+            seconds: how long a machine that is stopped may take; 0: all of them are killed at once.
+            hurry: once it is set, no guest is waited for to shut down.
+        """
+        hurry = trio.Event() if hurry is None else hurry
         async with trio.open_nursery() as nursery:
             for entry in self._entries.values():
                 if not entry.ended:
-                    nursery.start_soon(self._stop_or_kill, entry, seconds)
+                    nursery.start_soon(self._stop_or_kill, entry, seconds, hurry)
 
     # -- what one machine does
 
@@ -408,7 +418,9 @@ class LocalFleet:
                 entry.change(state_of(status.state), started_ns=status.started_ns)
             return entry.info
 
-    async def _stop_or_kill(self, entry: Entry, seconds: float) -> None:
+    async def _stop_or_kill(self, entry: Entry, seconds: float, hurry: trio.Event) -> None:
+        if seconds and entry.info.spec.kernel is not None and entry.info.state == "running":
+            await self._shut_down(entry, hurry)
         with trio.move_on_after(seconds):
             with suppress(MachineStateError, MachineSilent, UnknownMachine):
                 await self.stop(entry.name)
@@ -416,6 +428,24 @@ class LocalFleet:
             entry.killed = True
             entry.kill()
             await entry.wait(lambda: entry.ended)
+
+    async def _shut_down(self, entry: Entry, hurry: trio.Event) -> None:
+        """Press a guest's power button, and wait until it has shut down, or need not be waited for any more."""
+        async with trio.open_nursery() as nursery:
+
+            async def need_not_wait() -> None:
+                await hurry.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(need_not_wait)
+            nursery.cancel_scope.deadline = trio.current_time() + SHUTDOWN_SECONDS
+            with suppress(NoSuchDevice, MachineStateError, MachineSilent, UnknownMachine):
+                await self.press_power_button(entry.name)
+                _log.info("machine-shutting-down", machine=entry.name, seconds=SHUTDOWN_SECONDS)
+                await entry.wait(lambda: entry.ended)
+            nursery.cancel_scope.cancel()
+        if not entry.ended:
+            _log.warning("machine-not-shut-down", machine=entry.name, consequence="it is stopped")
 
 
 def _as_events(followed: MachineEvents, name: str) -> EventStream:

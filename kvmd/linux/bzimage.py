@@ -18,7 +18,7 @@ _BOOT_FLAG = 0xAA55
 _JUMP_AT = 0x200
 _MAGIC_AT = 0x202
 _MAGIC = b"HdrS"
-_HEADER_LIMIT = 0x290
+HEADER_LIMIT = 0x290
 """The zero page has the e820 table's space behind it; no header has come near."""
 
 _SECTOR = 512
@@ -74,7 +74,7 @@ def parse_bzimage(file: bytes) -> BzImage:
     Raises:
         ImageError: it is truncated, too old, or has no 64-bit entry point.
     """
-    if len(file) < _HEADER_LIMIT:
+    if len(file) < HEADER_LIMIT:
         raise ImageError(f"the kernel is truncated: {len(file)} bytes, the header of a bzImage alone needs more")
     setup_sectors, _, paragraphs, _, _, _, boot_flag = _FIELDS.unpack_from(file, HEADER_START)
     magic, version = _TAIL.unpack_from(file, _MAGIC_AT)
@@ -99,7 +99,7 @@ def parse_bzimage(file: bytes) -> BzImage:
     if relocatable and (alignment == 0 or alignment & (alignment - 1)):
         raise ImageError(f"the kernel is damaged: its alignment is {alignment:#x}, which is no power of two")
     # The byte after the jump's opcode is how far it jumps: to the end of the header (boot.rst, "Details").
-    header_end = min(_JUMP_AT + 2 + file[_JUMP_AT + 1], _HEADER_LIMIT)
+    header_end = min(_JUMP_AT + 2 + file[_JUMP_AT + 1], HEADER_LIMIT)
     return BzImage(
         header=bytes(file[HEADER_START:header_end]),
         payload=memoryview(file)[start:],

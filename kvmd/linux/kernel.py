@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmd.errors import ImageError
-from kvmd.linux.bzimage import BzImage, is_bzimage, parse_bzimage
+from kvmd.linux.bzimage import HEADER_LIMIT, BzImage, is_bzimage, parse_bzimage
 from kvmd.linux.pvh import PvhKernel, parse_pvh
 
 Kernel = BzImage | PvhKernel
@@ -37,4 +37,6 @@ def parse_kernel(file: bytes) -> Kernel:
     what = next((f": this is {name}" for mark, name in _OTHERS.items() if file.startswith(mark)), "")
     if not file:
         what = ": the file is empty"
+    elif not what and len(file) < HEADER_LIMIT:
+        what = f": {len(file)} bytes are too short for one"
     raise ImageError(f"not a Linux kernel{what}; give a bzImage (such as /boot/vmlinuz-*) or an ELF vmlinux with PVH")

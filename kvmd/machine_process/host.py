@@ -35,15 +35,13 @@ from kvmd.machine_process.outputs import KeptOutput
 from kvmd.machine_process.segments import SegmentWriter
 from kvmd.machine_process.steps import Steps
 from kvmd.ranges import PageState
-from kvmd.stop import Stop, StopReason
+from kvmd.runnable import SHUTDOWN_SECONDS
+from kvmd.stop import NOT_SHUT_DOWN, STOPPED, Stop, StopReason
 from kvmd.units import PAGE_SIZE
 from kvmd.virtio.host_port import PortConnection
 
 OUTPUT_KEPT = 256 << 10
 """Bytes of console and of log that are kept in memory for those who follow."""
-
-SHUTDOWN_SECONDS = 10.0
-"""How long a guest whose power button a SIGTERM pressed may take: systemd gives the process 20 s (TimeoutStopSec=)."""
 
 _COUNT_AT_ONCE = 256
 
@@ -88,6 +86,7 @@ class MachineHost:
         self._keeper = ConversionKeeper(machine.records.reader(from_oldest=True), folder.fd, self._file_failed)
         self._start = trio.Event()
         self._never_started = False
+        self._pressed = False
 
     @property
     def state(self) -> str:
@@ -161,7 +160,7 @@ class MachineHost:
         if not self._start.is_set():
             self._never_started = True
             self._start.set()
-        self.machine.stop()
+        self.machine.stop(NOT_SHUT_DOWN if self._pressed else STOPPED)
 
     def press_power_button(self) -> None:
         """Ask the guest to shut down.
@@ -176,6 +175,7 @@ class MachineHost:
         if self.state != "running":
             raise MachineStateError("press the power button", needed="running", found=self.state)
         press()
+        self._pressed = True
 
     def balloon(self, target_bytes: int | None) -> BalloonState:
         """Return what the guest does without, after asking it for ``target_bytes``, if any.
@@ -242,11 +242,13 @@ class MachineHost:
             task_status.started()
             async with trio.open_nursery() as nursery:
                 async for number in received:
-                    self.log.warning("stopping", signal=signal.Signals(number).name)
+                    name = signal.Signals(number).name
                     if asked or self.machine.power_button is None or self.state != "running":
+                        self.log.warning("stopping", signal=name)
                         self.stop()
                         continue
                     asked = True
+                    self.log.warning("shutting-down", signal=name, seconds=self._shutdown_seconds)
                     self.press_power_button()
                     nursery.start_soon(self._stop_later)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvmd.devices.console_input import ConsoleInput
@@ -63,10 +63,6 @@ class HostedMachine(Runnable, Protocol):
     @property
     def balloon(self) -> Balloon | None:
         """Its balloon, if it has one."""
-
-    @property
-    def power_button(self) -> Callable[[], None] | None:
-        """What presses its power button, if it has one."""
 
     def held_bytes(self) -> int:
         """Return how much of the host's memory the guest's takes up."""

@@ -9,7 +9,7 @@ import stat
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
-from fcntl import F_OFD_SETLK, F_RDLCK, F_WRLCK, fcntl
+from fcntl import F_OFD_SETLK, F_RDLCK, F_WRLCK, LOCK_EX, LOCK_NB, LOCK_SH, fcntl, flock
 
 from kvmd.closing import Closing
 from kvmd.errors import ConfigError
@@ -32,7 +32,9 @@ class RawDisk(Closing):
     """An open and locked disk. All I/O blocks, but for ``read_now``; any thread may do it.
 
     The lock is one of the open file description on the whole file (F_OFD_SETLK): one writer, or any number of readers,
-    in whatever process; QEMU's own image locks are seen by it too. It ends with the process.
+    in whatever process; QEMU's own image locks are seen by it too. A file is locked by flock(2) as well, which does not
+    know of the other kind; a block device is not, since udev does that for a moment after each writer. Both locks end
+    with the process.
 
     Args:
         path: a file whose size is a multiple of 512 bytes, or a block device.
@@ -91,6 +93,8 @@ class RawDisk(Closing):
                     why = "this is a directory: name a raw disk image or a block device"
                 case errno.EACCES | errno.EPERM if not self.read_only:
                     why = "it may not be written: change its permissions, or make the disk read-only"
+                case errno.ENXIO:
+                    why = "there is no device behind it: name a raw disk image or a block device"
                 case errno.EROFS:
                     why = "its file system is read-only: make the disk read-only too"
                 case errno.EINVAL if flags & os.O_DIRECT:
@@ -122,11 +126,21 @@ class RawDisk(Closing):
         kind = F_RDLCK if self.read_only else F_WRLCK
         try:
             fcntl(self._fd, F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                self._flock()
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 who = "writes it" if self.read_only else "uses it: stop that one, or make the disk read-only in both"
                 raise ConfigError(f"disk {self.path}: it is locked: another machine or program {who}") from error
             raise ConfigError(f"disk {self.path}: it cannot be locked: {error.strerror}") from error
+
+    def _flock(self) -> None:
+        try:
+            flock(self._fd, LOCK_NB | (LOCK_SH if self.read_only else LOCK_EX))
+        except OSError as error:
+            # Where the file system has none nobody else has one, either.
+            if error.errno == errno.EWOULDBLOCK:
+                raise
 
     def _probe_direct(self) -> int:
         for block_bytes in _DIRECT_BLOCKS:

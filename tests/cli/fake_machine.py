@@ -17,7 +17,7 @@ from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
-from kvmd.stop import Stop, StopReason
+from kvmd.stop import STOPPED, Stop, StopReason
 from kvmd.units import PAGE_SIZE
 from tests.conversion.records import RECORD
 
@@ -44,6 +44,9 @@ class FakeMachine(Closing):
         self.pinned = GpaRange(0, PINNED_BYTES)
         self.shared: GpaRange | None = None
         self.stopped = trio.Event()
+        self.stop_message = ""
+        self.pressed = trio.Event()
+        self.power_button = None if spec.kernel is None else self.pressed.set
         self.closed = False
 
     @classmethod
@@ -79,9 +82,10 @@ class FakeMachine(Closing):
 
     async def wait_for_stop(self) -> Stop:
         await self.stopped.wait()
-        return Stop.because(StopReason.OPERATOR, "stopped by the operator")
+        return Stop.because(StopReason.OPERATOR, self.stop_message)
 
-    def stop(self) -> None:
+    def stop(self, message: str = STOPPED) -> None:
+        self.stop_message = message
         self.stopped.set()
 
     def memory_map(self) -> list[tuple[GpaRange, PageState]]:

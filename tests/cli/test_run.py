@@ -204,7 +204,7 @@ def test_a_second_signal_ends_the_process_at_once(runner: Runner, monkeypatch: p
 
     runner.run(script=script)
     assert ended == [ExitStatus.KILLED]
-    assert b"kvmd: ended at once by a second SIGTERM" in runner.err
+    assert b"kvmd: ended at once by another SIGTERM" in runner.err
 
 
 def test_the_log_can_be_for_people_or_quiet(runner: Runner) -> None:

@@ -4,6 +4,9 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
+from kvmd.guests import GUESTS
 from tests.ctl.conftest import Kvmctl
 from tests.ctl.running import with_pipes
 from tests.ctl.serving import Daemon
@@ -60,6 +63,41 @@ def test_ctrl_c_twice_ends_a_guest_that_does_not_stop(daemon: Daemon) -> None:
         run.until(b"once more to leave it alone")
         run.rest()
         assert run.wait() == 127
+
+
+def linux(daemon: Daemon, name: str) -> str:
+    path = daemon.path.parent / f"{name}.toml"
+    path.write_text(f'kernel = "{GUESTS["hello"].path}"\nname = "{name}"\nmemory = "64M"\n')
+    return str(path)
+
+
+def test_ctrl_c_shuts_a_linux_guest_down(daemon: Daemon) -> None:
+    with with_pipes(daemon.path, "run", linux(daemon, "one")) as run:
+        daemon.until(running)
+        daemon.guest("one", lambda guest: guest.print(b"x"))
+        run.until(b"x")
+        run.process.send_signal(signal.SIGINT)
+        said = run.rest()
+        assert run.wait() == 0
+    assert b"shutting one down; once more to stop it at once" in said
+    assert b"guest-power-off, status 0" in said
+    assert daemon.do(daemon.fleet.machines) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
+def test_a_linux_guest_that_does_not_shut_down_is_stopped(daemon: Daemon, number: signal.Signals) -> None:
+    with with_pipes(daemon.path, "run", linux(daemon, "stubborn")) as run:
+        daemon.until(running)
+        daemon.guest("stubborn", lambda guest: guest.print(b"x"))
+        run.until(b"x")
+        run.process.send_signal(signal.SIGINT)
+        run.until(b"once more to stop it at once")
+        run.process.send_signal(number)  # SIGALRM: its timer's
+        said = run.rest()
+        assert run.wait() == 126
+    what = b"once more to end it at once" if number is signal.SIGINT else b"stubborn did not shut down within 30 s"
+    assert what in said
+    assert b"operator, status 126" in said
 
 
 def test_a_reader_that_goes_away_ends_the_guest(daemon: Daemon) -> None:

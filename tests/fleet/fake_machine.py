@@ -22,7 +22,7 @@ from kvmd.memory.accessor import PrivateMemory
 from kvmd.memory.page_state import PageStateMap
 from kvmd.ranges import GpaRange, PageState
 from kvmd.spec import MachineSpec
-from kvmd.stop import Stop, StopReason
+from kvmd.stop import STOPPED, Stop, StopReason
 from kvmd.units import PAGE_SIZE, page_ceil, page_floor
 from kvmd.virtio.host_port import HostPort
 
@@ -157,9 +157,9 @@ class FakeMachine:
             )
         )
 
-    def stop(self) -> None:
+    def stop(self, message: str = STOPPED) -> None:
         if self._stop is None:
-            self._stop = Stop.because(StopReason.OPERATOR, "stopped by the operator")
+            self._stop = Stop.because(StopReason.OPERATOR, message)
         self._wake()
 
     async def pause(self) -> None:

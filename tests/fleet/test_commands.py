@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import trio
 
+from kvmd.guests import GUESTS
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import MACHINE, MachineFile, MachineFolder
 from kvmd.machine_process.messages import AskStart, Status, Type, Typed
-from kvmd.stop import ExitStatus
+from kvmd.spec import MachineSpec
+from kvmd.stop import NOT_SHUT_DOWN, ExitStatus
 from tests.fleet.conftest import Site, spec
 from tests.fleet.test_contract import STOPPED, running
 from tests.fleet.test_processes import last_opened, opened
@@ -122,6 +124,22 @@ async def test_the_daemon_stops_its_machines_where_it_is_told_to(fake_site: Site
         found = fleet.machine("guest").end
         assert found is not None
         assert found.reason == "operator"
+
+
+async def test_a_second_signal_hurries_the_daemon_that_stops_its_machines(fake_site: Site) -> None:
+    async with opened(fake_site) as fleet:
+        await fleet.create(MachineSpec(kernel=GUESTS["echo"].path, name="stubborn", memory=64 << 20), owner_uid=0)
+        await fleet.start("stubborn")
+    with daemon(fake_site, "--stop-machines") as process:
+        assert process.stderr is not None
+        process.send_signal(signal.SIGTERM)
+        while b"machine-shutting-down" not in (line := process.stderr.readline()):
+            assert line, "the daemon ended"
+        assert end(process)[-3:] == ["machine-not-shut-down", "machine-stopped", "daemon-stopped"]
+    async with last_opened(fake_site) as fleet:
+        found = fleet.machine("stubborn").end
+        assert found is not None
+        assert (found.reason, found.message) == ("operator", NOT_SHUT_DOWN)
 
 
 @pytest.mark.kvm

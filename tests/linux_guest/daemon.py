@@ -67,6 +67,11 @@ class Daemon(Closing):
         finally:
             connection.close()
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     def console(self, machine: str) -> Console:
         """Attach to a machine's console."""
         return Console(self._socket, machine)

@@ -26,7 +26,7 @@ class Kernel:
     """A kernel and what its guest needs to load.
 
     Attributes:
-        image: a bzImage.
+        image: a bzImage, or an ELF file.
         modules: the folder of its modules, or None where all is built in.
         wanted: modules that make virtio devices work.
     """

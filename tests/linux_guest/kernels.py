@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import lzma
+import struct
 import subprocess
 from pathlib import Path
 
@@ -18,6 +21,20 @@ def lab_kernel() -> Kernel:
     found = subprocess.run([_LAB_KERNEL], capture_output=True, text=True, check=False)  # noqa: S603 - ours
     require(Facility.LINUX, missing_tools() or (found.stderr.strip() if found.returncode else None))
     return Kernel(Path(found.stdout.strip()))
+
+
+def unpacked(kernel: Kernel, folder: Path) -> Kernel:
+    """Return the ELF file that a bzImage unpacks, which starts by PVH, written into the folder.
+
+    Where it lies: Documentation/arch/x86/boot.rst, "payload_offset" and "payload_length".
+    """
+    file = kernel.image.read_bytes()
+    offset, size = struct.unpack_from("<II", file, 0x248)
+    start = (file[0x1F1] + 1) * 512 + offset
+    image = folder / "vmlinux"
+    # What follows the compressed data is its size.
+    image.write_bytes(lzma.LZMADecompressor(format=lzma.FORMAT_XZ).decompress(file[start : start + size]))
+    return dataclasses.replace(kernel, image=image)
 
 
 def debian_kernel() -> Kernel:

@@ -14,6 +14,7 @@ from typing import cast
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
 from kvmd.machine import Machine
@@ -81,6 +82,16 @@ def host(tmp_path: Path) -> Host:
 def test_a_kernel_ends_its_machine(host: Host, code: bytes, reason: StopReason, status: int) -> None:
     stop, console = host.run(running(b"".join(out(0x3F8, byte) for byte in b"hi\n") + code + HANG), vcpus=2)
     assert (stop.reason, stop.status, console) == (reason, status, b"hi\n")
+
+
+def test_a_panic_is_seen_with_what_the_kernel_said_of_it(host: Host) -> None:
+    lines = [f"line {number}" for number in range(30)]
+    said = "".join(f"{line}\r\n" for line in lines).encode()
+    with capture_logs() as log:
+        stop, console = host.run(running(b"".join(out(0x3F8, byte) for byte in said) + out(0x505, 1) + HANG))
+    assert (stop.reason, console) == (StopReason.GUEST_PANIC, said)
+    (tail,) = [event for event in log if event["event"] == "console-tail"]
+    assert (tail["log_level"], tail["lines"]) == ("error", lines[-20:])
 
 
 def test_an_elf_kernel_starts_by_pvh(host: Host) -> None:
@@ -209,11 +220,13 @@ async def _stop_when_running(machine: Machine) -> None:
         ({"kernel": "nothing"}, ImageError, "cannot read the kernel"),
         ({"initrd": "nothing"}, ImageError, "cannot read the initrd"),
         ({"initrd": "large"}, ImageError, "the initrd of 64 MiB does not fit"),
+        ({"initrd": "empty"}, ImageError, "empty is empty: make it again, or leave `initrd` out"),
         ({"memory": "8M"}, ImageError, "8 MiB of memory are too few"),
         ({"cmdline": "x" * 3000}, ConfigError, "cmdline: 3000 characters"),
         ({"kernel": "short"}, ImageError, "the kernel is truncated: it says that it has"),
         ({"disks": [{"path": "nothing"}]}, ConfigError, "there is no such file"),
         ({"disks": [{"path": "odd"}]}, ConfigError, "512"),
+        ({"disks": [{"path": "disk"}, {"path": "fifo"}]}, ConfigError, "neither a file nor a block device"),
         ({"disks": [{"path": "disk"}, {"path": "disk"}]}, ConfigError, "locked"),
         ({"accelerator": "software"}, ConfigError, "the software CPU runs payload guests only"),
     ],
@@ -222,6 +235,8 @@ def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
     host: Host, tmp_path: Path, keys: dict[str, object], error: type[KvmdError], part: str
 ) -> None:
     (tmp_path / "large").write_bytes(bytes(64 << 20))
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
     (tmp_path / "odd").write_bytes(bytes(700))
     (tmp_path / "short").write_bytes(bzimage()[:-1000])
     (tmp_path / "disk").write_bytes(bytes(1024))

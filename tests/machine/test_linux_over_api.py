@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import select
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.linux.kernels import running
+from kvmd.network.tap import Tap
+from tests.fleet.conftest import MARK, processes_of
+from tests.linux.kernels import bzimage, running, vmlinux
 from tests.linux_guest.daemon import Daemon
+from tests.own_network import own_network
 
 pytestmark = pytest.mark.kvm
 
@@ -65,3 +73,82 @@ def test_what_the_administrator_does_not_allow_is_refused(daemon: Daemon, keys: 
         daemon.ask("POST", "/v1/machines", {"kernel": "kernel", "memory": "64M", **keys})
     assert part in str(caught.value)
     assert daemon.ask("GET", "/v1/machines")["machines"] == []
+
+
+DISK = {"path": "disk.raw"}
+MADE = {"kind": "made-bridge", "bridge": "made"}
+GONE_SECONDS = 20.0
+
+REFUSALS: list[tuple[dict[str, object], str, str]] = [
+    ({"kernel": "early"}, "invalid-image", "not a Linux kernel: 500 bytes are too short for one"),
+    ({"kernel": "header"}, "invalid-image", "truncated: it says that it has 4096 bytes, the file has 1024"),
+    ({"kernel": "payload"}, "invalid-image", "truncated: it says that it has 4096 bytes, the file has 4000"),
+    ({"kernel": "elf"}, "invalid-image", "no PVH entry point"),
+    ({"initrd": "large"}, "invalid-image", "the initrd of 80 MiB does not fit beside the kernel: give at least"),
+    ({"initrd": "empty"}, "invalid-image", "the initrd empty is empty"),
+    ({"disks": [DISK, {"path": "missing"}]}, "invalid-image", "cannot open the disk missing in an allowed folder"),
+    ({"disks": [DISK, {"path": "fifo"}]}, "invalid-image", "is not an ordinary file"),
+    ({"disks": [DISK, {"path": "odd"}]}, "invalid-spec", "disk odd: 700 bytes are not a multiple of 512"),
+    ({"disks": [DISK, {"path": "empty"}]}, "invalid-spec", "disk empty: 0 bytes are too short"),
+    ({"disks": [DISK, DISK]}, "invalid-spec", "disk disk.raw: it is locked: another machine or program uses it"),
+    ({"disks": [DISK], "networks": [MADE, {"bridge": "missing"}]}, "host-lacks", "there is no bridge missing"),
+    ({"disks": [DISK], "networks": [{**MADE, "tap": "taken"}]}, "host-lacks", "there is an interface taken already"),
+]
+
+
+def make_bad_files(folder: Path) -> None:
+    (folder / "early").write_bytes(bzimage()[:500])
+    (folder / "header").write_bytes(bzimage()[:1024])
+    (folder / "payload").write_bytes(bzimage()[:4000])
+    (folder / "elf").write_bytes(vmlinux(entry=None))
+    with (folder / "large").open("wb") as large:
+        large.truncate(80 << 20)
+    (folder / "empty").touch()
+    (folder / "odd").write_bytes(bytes(700))
+    os.mkfifo(folder / "fifo")
+
+
+def files_of(pid: int) -> int:
+    """Return how many files a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    """Wait until it holds, for a while: nothing tells that a process has gone but looking again."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while not holds() and time.monotonic() < deadline:
+        select.select([], [], [], 0.02)
+    return holds()
+
+
+@own_network
+@pytest.mark.network
+def test_what_cannot_be_is_refused_and_leaves_nothing(
+    tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MARK, mark := uuid.uuid4().hex)
+    make_bad_files(files)
+    good = {"name": "l", "kernel": "kernel", "memory": "64M", "accelerator": "kvm"}
+    with Tap.make("taken"), Daemon(tmp_path, images=[files], bridges=["made", "missing"]) as daemon:
+        links = socket.if_nameindex()
+        # The parent of all machines stays.
+        daemon.ask("POST", "/v1/machines", {**good, "disks": [DISK]})
+        daemon.ask("DELETE", "/v1/machines/l")
+        assert until(lambda: len(processes_of(mark)) == 2)
+        before, open_files = processes_of(mark), files_of(daemon.pid)
+        for keys, problem, part in REFUSALS:
+            with pytest.raises(AssertionError) as caught:
+                daemon.ask("POST", "/v1/machines", {**good, **keys})
+            assert f"urn:kvmd:problem:{problem}" in str(caught.value), keys
+            assert part in str(caught.value), keys
+            assert daemon.ask("GET", "/v1/machines")["machines"] == []
+            assert list((tmp_path / "state" / "machines").iterdir()) == []
+            assert socket.if_nameindex() == links
+        assert until(lambda: processes_of(mark) == before)
+        assert until(lambda: files_of(daemon.pid) <= open_files)
+        # The same disk, in a machine that is possible: nobody has it locked. Then it is that machine's.
+        daemon.ask("POST", "/v1/machines", {**good, "disks": [DISK]})
+        with pytest.raises(AssertionError, match=r"disk disk\.raw: it is locked"):
+            daemon.ask("POST", "/v1/machines", {**good, "name": "other", "disks": [DISK]})
+        daemon.ask("DELETE", "/v1/machines/l")
+        daemon.ask("POST", "/v1/machines", {**good, "name": "other", "disks": [DISK]})

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
+import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from fcntl import F_GETFL, fcntl
 from pathlib import Path
 
 import pytest
 
 from kvmd.errors import ConfigError
 from kvmd.memory import libc
+from kvmd.network.own_thread import in_own_thread
 from kvmd.units import MIB
+from kvmd.virtio import disk as module
 from kvmd.virtio.disk import RawDisk
+from tests.own_network import leave_network
 
 
 @pytest.fixture
@@ -42,7 +47,11 @@ def test_no_disk_at_all(tmp_path: Path) -> None:
     assert "this is a directory" in refusal(tmp_path)
     assert "neither a file nor a block device" in refusal(tmp_path, read_only=True)
     assert "neither a file nor a block device" in refusal("/dev/null")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        assert "no device behind it" in refusal(tmp_path / "socket")
     os.mkfifo(tmp_path / "fifo")
+    assert "neither a file nor a block device" in refusal(tmp_path / "fifo")
     assert "neither a file nor a block device" in refusal(tmp_path / "fifo", read_only=True)
 
 
@@ -76,6 +85,17 @@ def test_read_only_files_are_for_read_only_disks(image: Path, monkeypatch: pytes
         assert disk.size_bytes == MIB
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_a_disk_on_a_read_only_file_system() -> None:
+    def refused() -> None:
+        leave_network()  # and into a mount namespace of its own, with an empty /run
+        Path("/run/disk").write_bytes(bytes(512))
+        subprocess.run(["mount", "-o", "remount,ro", "/run"], check=True)  # noqa: S607 - wherever it is
+        assert "its file system is read-only: make the disk read-only too" in refusal("/run/disk")
+
+    in_own_thread(refused)
+
+
 def test_one_writer_or_many_readers(image: Path) -> None:
     with RawDisk(image):
         assert "it is locked: another machine or program uses it" in refusal(image)
@@ -84,6 +104,28 @@ def test_one_writer_or_many_readers(image: Path) -> None:
         assert "it is locked" in refusal(image)
     with RawDisk(image):
         pass
+
+
+@pytest.mark.parametrize(("other", "refused"), [(fcntl.LOCK_EX, True), (fcntl.LOCK_SH, False)])
+def test_who_locks_it_by_flock_is_heeded(image: Path, other: int, refused: bool) -> None:  # noqa: FBT001 - a table
+    with image.open("rb") as held:
+        fcntl.flock(held, other)
+        assert "it is locked: another machine or program uses it" in refusal(image)
+        if refused:
+            assert "it is locked: another machine or program writes it" in refusal(image, read_only=True)
+        else:
+            RawDisk(image, read_only=True).close()
+    with RawDisk(image), image.open("rb") as late, pytest.raises(BlockingIOError):
+        fcntl.flock(late, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_flock_has_no_such_locks(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_here(_fd: int, _how: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(module, "flock", none_here)
+    with RawDisk(image):
+        assert "it is locked" in refusal(image)
 
 
 def test_another_process_is_kept_out_and_its_end_unlocks(image: Path) -> None:
@@ -199,7 +241,7 @@ def test_direct_io_where_the_file_system_has_it(image: Path, monkeypatch: pytest
 
         def watched(real: Callable[..., int]) -> Callable[..., int]:
             def io(fd: int, *rest: object) -> int:
-                went.append(bool(fcntl(fd, F_GETFL) & os.O_DIRECT))
+                went.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
                 return real(fd, *rest)
 
             return io

@@ -22,7 +22,9 @@ from kvmd.ctl.text import shown
 from kvmd.ctl.waiting import wait_for
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STOP_SECONDS = 3600
+_STOP = "stop?timeout=3600"
+_SHUTDOWN_SECONDS = 30.0
+"""As long as ``kvmctl stop`` waits."""
 
 
 @ctl_command(
@@ -40,12 +42,14 @@ _STOP_SECONDS = 3600
 def run_command(session: Session, *, target: str, detach: bool, keep: bool, **overrides: object) -> int:
     """Create a machine, start it and follow its console; when it has ended it is forgotten.
 
-    Ctrl-C asks it to stop, a second one ends it at once, and a third one leaves it alone. The exit status is the
-    guest's.
+    Ctrl-C asks it to stop, a second one ends it at once, and a third one leaves it alone. A Linux guest's power button
+    is pressed before any of that; it is stopped when it has not shut down within 30 s. The exit status is the guest's.
     """
     client = session.client(watch_output=True)
-    machine = create(client, wanted(target, overrides))
-    guest = _Guest(session, client, str(machine["name"]), keep=keep or detach)
+    asked = wanted(target, overrides)
+    machine = create(client, asked)
+    has_button = "kernel" in asked.document
+    guest = _Guest(session, client, str(machine["name"]), keep=keep or detach, has_button=has_button)
     if detach:
         session.answer(guest.start(), shown(guest.name))
         return Status.DONE
@@ -60,13 +64,16 @@ class _Guest:
         client: asks the daemon.
         name: the machine's.
         keep: whether it is kept when it has ended.
+        has_button: whether it has a power button.
     """
 
-    def __init__(self, session: Session, client: Client, name: str, *, keep: bool) -> None:
+    def __init__(self, session: Session, client: Client, name: str, *, keep: bool, has_button: bool) -> None:
         self.name = name
         self._session = session
         self._client = client
         self._keep = keep
+        # What each signal does, in turn.
+        self._escalations = ["shut-down", "stop", "kill"] if has_button else ["stop", "kill"]
         self._asked: list[Connection] = []
         self._started = False
 
@@ -139,31 +146,42 @@ class _Guest:
         # One that was ignored when kvmctl started (nohup) stays ignored.
         previous = {number: signal.getsignal(number) for number in _SIGNALS}
         heeded = [number for number, handler in previous.items() if handler is not signal.SIG_IGN]
-        count = 0
-
-        def signalled(_number: int, _frame: object) -> None:
-            nonlocal count
-            if not self._started:
-                raise KeyboardInterrupt
-            count += 1
-            if count == 1:
-                self._session.note(f"stopping {shown(self.name)}; once more to end it at once")
-                self._ask("stop", f"stop?timeout={_STOP_SECONDS}")
-            elif count == 2:  # noqa: PLR2004 - the second
-                self._session.note(f"ending {shown(self.name)}; once more to leave it alone")
-                self._ask("kill", "kill")
-            else:
-                raise KeyboardInterrupt
-
         for number in heeded:
-            signal.signal(number, signalled)
+            signal.signal(number, self._signalled)
+        before = signal.signal(signal.SIGALRM, self._too_late)
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
             for number in heeded:
                 signal.signal(number, previous[number])
             for connection in self._asked:
                 connection.hang_up()
+
+    def _signalled(self, _number: int, _frame: object) -> None:
+        if not self._started:
+            raise KeyboardInterrupt
+        match self._escalations.pop(0) if self._escalations else "leave":
+            case "shut-down":
+                self._session.note(f"shutting {shown(self.name)} down; once more to stop it at once")
+                self._ask("press the power button of", "power-button")
+                signal.setitimer(signal.ITIMER_REAL, _SHUTDOWN_SECONDS)
+            case "stop":
+                self._session.note(f"stopping {shown(self.name)}; once more to end it at once")
+                self._ask("stop", _STOP)
+            case "kill":
+                self._session.note(f"ending {shown(self.name)}; once more to leave it alone")
+                self._ask("kill", "kill")
+            case _:
+                raise KeyboardInterrupt
+
+    def _too_late(self, _number: int, _frame: object) -> None:
+        """Stop a guest whose power button was pressed, unless the operator did."""
+        if self._escalations[:1] == ["stop"]:
+            del self._escalations[0]
+            self._session.note(f"{shown(self.name)} did not shut down within {_SHUTDOWN_SECONDS:g} s, and is stopped")
+            self._ask("stop", _STOP)
 
     def _ask(self, action: str, target: str) -> None:
         """Ask the daemon from a signal's handler, which does not wait: the machine's end is seen elsewhere."""
