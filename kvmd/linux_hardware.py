@@ -84,6 +84,7 @@ def open_linux(spec: MachineSpec, image: LinuxImage, *, devices: int) -> Hardwar
         initrd=image.initrd,
         command_line=spec.cmdline,
         acpi=_acpi(spec.vcpus, devices),
+        reset_port=(RESET_PORT, RESET_VALUE),
     )
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm.open())

@@ -5,7 +5,8 @@
     0x00000000  ┌──────────────────────────┐
                 │ memory: boot parameters  │  first 640 KiB
     0x000a0000  ├──────────────────────────┤
-                │ reserved: ACPI tables    │
+                │ reserved: ACPI tables,   │
+                │ the reset vector         │
     0x00100000  ├──────────────────────────┤
                 │ memory                   │
     0xc0000000  ├──────────────────────────┤
@@ -24,8 +25,11 @@ from kvmd.units import GIB, PAGE_SIZE
 CONVENTIONAL_END = 0xA_0000
 """End of the memory that a PC always had: what lies above, up to 1 MiB, is the firmware's."""
 
-ACPI_TABLES = GpaRange(0xE_0000, 0x10_0000)
+ACPI_TABLES = GpaRange(0xE_0000, 0xF_F000)
 """Where ACPI's tables are: a kernel that is not told finds them here (ACPI 6.5, 5.2.5.1)."""
+
+RESET_VECTOR = 0xF_FFF0
+"""Where a processor in real mode goes to reset the machine: 16 bytes of the firmware's last page below 1 MiB."""
 
 LOW_MEMORY_END = 3 * GIB
 """Memory from here on moves above 4 GiB."""

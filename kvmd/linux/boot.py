@@ -22,6 +22,7 @@ from kvmd.linux.address_map import (
     ACPI_TABLES,
     CONVENTIONAL_END,
     LOW_MEMORY_END,
+    RESET_VECTOR,
     memory_ranges,
 )
 from kvmd.linux.bzimage import HEADER_START, BzImage
@@ -109,7 +110,13 @@ class LinuxBoot:
 
 
 def plan_linux(
-    kernel: Kernel, *, memory_size: int, initrd: bytes = b"", command_line: str = "", acpi: LinuxWrite | None = None
+    kernel: Kernel,
+    *,
+    memory_size: int,
+    initrd: bytes = b"",
+    command_line: str = "",
+    acpi: LinuxWrite | None = None,
+    reset_port: tuple[int, int] | None = None,
 ) -> LinuxBoot:
     """Lay out the memory of a machine that starts ``kernel``.
 
@@ -119,6 +126,7 @@ def plan_linux(
         initrd: the initial RAM disk; empty for none.
         command_line: the kernel's.
         acpi: ACPI's tables, which begin with the RSDP; None for a machine without.
+        reset_port: a port, and the value that resets the machine when it is written there; None for none.
 
     Raises:
         ConfigError: the command line is too long, or no ASCII.
@@ -134,6 +142,8 @@ def plan_linux(
     writes = [LinuxWrite(_COMMAND_LINE, line + b"\0")]
     if acpi is not None:
         writes.append(acpi)
+    if reset_port is not None:
+        writes.append(LinuxWrite(RESET_VECTOR, _reset_code(*reset_port)))
     if ramdisk is not None:
         writes.append(LinuxWrite(ramdisk, initrd))
     if isinstance(kernel, BzImage):
@@ -154,6 +164,16 @@ def plan_linux(
     ]
     registers = Registers(rbx=_PARAMETERS, rip=kernel.entry, rflags=_RFLAGS)
     return LinuxBoot("pvh", memory, "protected", (_GDT, len(gdt)), 0, registers, tuple(writes))
+
+
+def _reset_code(port: int, value: int) -> bytes:
+    """Return what a processor runs that was sent to the reset vector, in real mode.
+
+    There is no firmware; but a kernel that finds no better way leaves the reset to it (``BOOT_BIOS`` of the kernel's
+    arch/x86/kernel/reboot.c, which Linux 7.3 was seen to take first), and would run through memory for ever.
+    """
+    # mov dx, port; mov al, value; out dx, al; cli; hlt; jmp to the hlt
+    return b"\xba" + struct.pack("<H", port) + b"\xb0" + bytes((value,)) + b"\xee\xfa\xf4\xeb\xfd"
 
 
 def _encoded(command_line: str, kernel: Kernel) -> bytes:

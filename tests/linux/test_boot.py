@@ -71,7 +71,7 @@ def test_the_64_bit_protocol() -> None:
     entries = [struct.unpack_from("<QQI", page, 0x2D0 + index * 20) for index in range(page[0x1E8])]
     assert entries == [
         (0, 0xA_0000, 1),
-        (0xE_0000, 0x2_0000, 3),
+        (0xE_0000, 0x1_F000, 3),
         (MIB, 3 * GIB - MIB, 1),
         (4 * GIB, 2 * GIB, 1),
     ]
@@ -109,7 +109,7 @@ def test_pvh() -> None:
     memory = [struct.unpack_from("<QQII", start, map_at - boot.registers.rbx + i * 24) for i in range(count)]
     assert [(at, length, kind) for at, length, kind, _ in memory] == [
         (0, 0xA_0000, 1),
-        (0xE_0000, 0x2_0000, 3),
+        (0xE_0000, 0x1_F000, 3),
         (MIB, 255 * MIB, 1),
     ]
 

@@ -48,13 +48,21 @@ def words(text: bytes) -> list[int]:
     return list(struct.unpack(f"<{len(text) // 4}I", text))
 
 
-def told(folder: Path, code: bytes, *, press_after: bytes = b"", **keys: object) -> list[int]:
+def told(
+    folder: Path,
+    code: bytes,
+    *,
+    press_after: bytes = b"",
+    reason: StopReason = StopReason.GUEST_POWER_OFF,
+    **keys: object,
+) -> list[int]:
     """Return what a kernel of this code tells until it powers off.
 
     Args:
         folder: for the kernel.
         code: tells what is asked.
         press_after: when it has told this, its power button is pressed.
+        reason: how it ends instead.
         keys: more of the machine's spec.
     """
     (folder / "kernel").write_bytes(running(code + POWER_OFF))
@@ -76,7 +84,7 @@ def told(folder: Path, code: bytes, *, press_after: bytes = b"", **keys: object)
                     if press_after:
                         nursery.start_soon(press)
                     stop = await machine.run()
-            assert stop.reason is StopReason.GUEST_POWER_OFF, stop.message
+            assert stop.reason is reason, stop.message
 
         trio.run(to_the_end)
         assert machine.ports.unclaimed == machine.mmio.unclaimed == 0
@@ -107,15 +115,24 @@ def test_kvmclock_ticks(tmp_path: Path) -> None:
     assert multiplier > 0
 
 
-def test_the_guest_starts_its_other_processors(tmp_path: Path) -> None:
-    # 16 bits, at 0x10000: mov dword [cs:0x100], "up!\n"; hlt
-    trampoline = b"\x2e\x66\xc7\x06\x00\x01up!\n\xf4".ljust(16, b"\x90")
+def second_processor(trampoline: bytes) -> bytes:
+    """Return code that starts another processor with up to 16 bytes, which it puts at 0x10000."""
+    padded = trampoline.ljust(16, b"\x90")
     copy = b"".join(
-        b"\xc7\x04\x25" + u32(0x1_0000 + at) + trampoline[at : at + 4] for at in range(0, len(trampoline), 4)
+        b"\xc7\x04\x25" + u32(0x1_0000 + at) + padded[at : at + 4] for at in range(0, len(padded), 4)
     )  # mov dword [address], value
+    return X2APIC + copy + write(X2APIC_ICR, INIT, 1) + write(X2APIC_ICR, STARTUP | 0x10, 1)
+
+
+def test_the_guest_starts_its_other_processors(tmp_path: Path) -> None:
+    start = second_processor(b"\x2e\x66\xc7\x06\x00\x01up!\n\xf4")  # mov dword [cs:0x100], "up!\n"; hlt
     wait = b"\x8b\x04\x25" + u32(0x1_0100) + b"\x85\xc0\xf3\x90\x74\xf3"  # mov eax, [0x10100]; test; pause; jz
-    start = write(X2APIC_ICR, INIT, 1) + write(X2APIC_ICR, STARTUP | 0x10, 1)
-    assert told(tmp_path, X2APIC + copy + start + wait + SHOW, vcpus=2) == [int.from_bytes(b"up!\n", "little")]
+    assert told(tmp_path, start + wait + SHOW, vcpus=2) == [int.from_bytes(b"up!\n", "little")]
+
+
+def test_a_kernel_may_leave_the_reset_to_a_firmware_that_is_not_there(tmp_path: Path) -> None:
+    far_jump = b"\xea\xf0\xff\x00\xf0"  # in real mode: jmp 0xf000:0xfff0
+    told(tmp_path, second_processor(far_jump) + b"\xf3\x90\xeb\xfc", vcpus=2, reason=StopReason.GUEST_REBOOT)
 
 
 def test_the_io_apic_has_24_lines(tmp_path: Path) -> None:
