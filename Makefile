@@ -39,12 +39,14 @@ lab-test: $(READY) ## Run the tests that need private memory, in the lab
 	$(MAKE) lab-systemd
 	$(MAKE) lab-linux
 
+LINUX_TESTS = tests/lab/test_linux_guest.py tests/lab/test_linux.py tests/lab/test_guest_devices.py
+
 # On one of the lab's processors: lab/README.md, Traps. The lab cannot keep bytecode, and takes minutes to make it.
 lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's
 	lab/setup
 	$(BIN)/python -m tests.linux_guest.debian
 	$(BIN)/python -m compileall -q kvmd tests
-	LAB_CPUS=1 KVMD_TEST_LINUX=required lab/test tests/lab/test_linux_guest.py tests/lab/test_guest_devices.py
+	LAB_CPUS=1 KVMD_TEST_LINUX=required lab/test $(LINUX_TESTS)
 
 # Python takes most of the time, and on one of the lab's processors less of it.
 lab-systemd: $(READY) ## Run kvmd under a real systemd there, with D-Bus and polkit
