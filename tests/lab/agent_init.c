@@ -93,6 +93,9 @@ int main(void)
 			if (size > 0) {
 				line[size] = 0;
 				answer(port, line);
+			} else {
+				/* Nobody is connected: poll() says at once, and for ever, that there is an end to be read. */
+				poll(0, 0, 200);
 			}
 		} else if (look.revents & POLLHUP) {
 			poll(0, 0, 200);

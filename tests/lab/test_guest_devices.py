@@ -79,7 +79,7 @@ def test_the_agent_answers_memory_comes_back_and_the_button_shuts_down(tmp_path:
             free = int(told("free\n"))
             kvmctl("balloon", "guest", "96M")
             until_actual(96 * MIB)
-            assert int(told("free\n")) <= free - 60
+            assert int(told("free\n")) <= free - 50  # of 64, and the guest frees some by itself
 
             # What the guest frees by itself comes back by reports of free pages, which Linux makes some seconds later.
             kvmctl("balloon", "guest", "0")
