@@ -39,7 +39,7 @@ lab-test: $(READY) ## Run the tests that need private memory, in the lab
 	$(MAKE) lab-systemd
 	$(MAKE) lab-linux
 
-LINUX_TESTS = tests/lab/test_linux_guest.py tests/lab/test_linux.py
+LINUX_TESTS = tests/lab/test_linux_guest.py tests/lab/test_linux.py tests/lab/test_guest_devices.py
 
 # On one of the lab's processors: lab/README.md, Traps. The lab cannot keep bytecode, and takes minutes to make it.
 lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's

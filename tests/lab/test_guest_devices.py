@@ -33,7 +33,7 @@ def initrd(folder: Path) -> bytes:
 
 
 # One guest for all of it: a start takes half a minute in the lab.
-def test_the_agent_answers_memory_comes_back_and_the_button_shuts_down(tmp_path: Path) -> None:  # noqa: PLR0915 - as said
+def test_the_agent_answers_memory_comes_back_and_the_button_shuts_down(tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.mkdir()
     (files / "initrd").write_bytes(initrd(tmp_path))
@@ -88,11 +88,11 @@ def test_the_agent_answers_memory_comes_back_and_the_button_shuts_down(tmp_path:
             assert told("use 64\n") == "used\n"
             deadline = time.monotonic() + SECONDS
             while True:
+                # What the balloon let go before is reported, too, and was not held.
                 after = daemon.ask("GET", "/v1/machines/guest/balloon")
-                if after["given_back"] - before["given_back"] >= 32 * MIB:
+                if after["given_back"] - before["given_back"] >= 32 * MIB and after["held"] < before["held"] + 40 * MIB:
                     break
                 assert time.monotonic() < deadline, (before, after)
-            assert after["held"] < before["held"] + 40 * MIB
 
             kvmctl("stop", "guest", "--timeout", "120")
             assert b"agent: the power button was pressed" in console.read_to_end(seconds=SECONDS)
