@@ -37,7 +37,6 @@ lab-test: $(READY) ## Run the tests that need private memory, in the lab
 	lab/setup
 	lab/test
 	$(MAKE) lab-systemd
-	$(MAKE) lab-linux
 
 LINUX_TESTS = tests/lab/test_linux_guest.py tests/lab/test_linux.py tests/lab/test_guest_devices.py
 
