@@ -176,7 +176,7 @@ def _measure(options: Options, program: str, kernel: Path, counters: _Counters) 
             # A boot takes a minute in the lab.
             warm_up=False,
         )
-        profiled, note = profile(folder, _kvmd_run(folder), lambda command: run_to_end(command, seconds=2 * _SECONDS))
+        profiled, note = profile(folder, _kvmd_run(folder), _profiled)
     report = _report(columns, file_bytes)
     report.notes.append(note)
     report.facts += _phases([run.ended for run in runs[_KVMD]])
@@ -222,6 +222,13 @@ def _on_kvmd(folder: Path, guest: _Guest, seen: Callable[[bytes], None]) -> Ende
     spec = folder / "machine.toml"
     spec.write_text(as_toml(_machine(guest)), encoding="utf-8")
     return run_to_end(_kvmd_run(folder), seconds=_SECONDS, watch=(_ANY, _INIT), on_seen=seen)
+
+
+def _profiled(command: Sequence[str]) -> None:
+    try:
+        _values("the profiled run", run_to_end(command, seconds=2 * _SECONDS, watch=(_INIT,)))
+    except NoEnd as error:
+        raise CannotMeasure(f"the profiled run: {error}") from error
 
 
 def _kvmd_run(folder: Path) -> list[str]:

@@ -55,7 +55,7 @@ class ConversionRules:
         state: the state of the machine's pages.
         sequence: the number of changes so far.
         settled: the tickets that were answered, in the order of their answers, until the caller takes the list and puts
-            an empty one in its place. (A method that does it costs as much as a request's way through a queue.)
+            an empty one in its place: a method would be one more call for each request.
     """
 
     def __init__(self, state: PageStateMap, *, pinned: GpaRange | None, limits: Limits) -> None:

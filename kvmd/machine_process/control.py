@@ -245,7 +245,7 @@ class _Client:
             case PressPowerButton():
                 host.press_power_button()
             case AskBalloon():
-                return host.balloon(request.target_bytes)
+                return await host.balloon(request.target_bytes)
             case TellAgent():
                 return Refused("bad-request", "no agent is attached to")
             case AskCounters():

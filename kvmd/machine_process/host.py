@@ -177,7 +177,7 @@ class MachineHost:
         press()
         self._pressed = True
 
-    def balloon(self, target_bytes: int | None) -> BalloonState:
+    async def balloon(self, target_bytes: int | None) -> BalloonState:
         """Return what the guest does without, after asking it for ``target_bytes``, if any.
 
         Raises:
@@ -192,7 +192,7 @@ class MachineHost:
             if target_bytes % PAGE_SIZE or not 0 <= target_bytes < most:
                 raise IndexError(f"target: {target_bytes} is not a number of whole pages below the {most} of memory")
             balloon.set_target(target_bytes)
-        return _balloon_state(balloon, self.machine.held_bytes())
+        return _balloon_state(balloon, await self._held_bytes())
 
     def attach_agent(self) -> PortConnection:
         """Return a connection to the agent, which its owner closes.
@@ -210,9 +210,7 @@ class MachineHost:
         """Return what the machine did so far."""
         while self.machine.stats.catch_up(_COUNT_AT_ONCE):
             await trio.lowlevel.checkpoint()
-        # A millisecond for each GiB, once a second where somebody follows: not in the event loop's thread.
-        held = None if self.machine.balloon is None else await trio.to_thread.run_sync(self.machine.held_bytes)
-        return self._count(held)
+        return self._count(None if self.machine.balloon is None else await self._held_bytes())
 
     async def _run_machine(self) -> Stop:
         if self._never_started:
@@ -256,6 +254,10 @@ class MachineHost:
         await trio.sleep(self._shutdown_seconds)
         self.log.warning("not-shut-down", seconds=self._shutdown_seconds, consequence="it is stopped")
         self.stop()
+
+    async def _held_bytes(self) -> int:
+        # A millisecond for each GiB, as often as somebody asks: not in the event loop's thread.
+        return await trio.to_thread.run_sync(self.machine.held_bytes)
 
     def _count(self, held_bytes: int | None = None) -> CounterValues:
         """Return the counters; without ``held_bytes`` of a machine at its end, which will hold none."""

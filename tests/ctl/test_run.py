@@ -8,13 +8,20 @@ import pytest
 
 from kvmd.guests import GUESTS
 from tests.ctl.conftest import Kvmctl
-from tests.ctl.running import with_pipes
+from tests.ctl.running import Process, with_pipes
 from tests.ctl.serving import Daemon
 from tests.fleet.fakes import FakeFleet
 
 
 def running(fleet: FakeFleet) -> bool:
     return any(info.state == "running" for info in fleet.machines())
+
+
+def hear(daemon: Daemon, run: Process, name: str) -> None:
+    """Wait until the guest runs, and what it prints is shown."""
+    daemon.until(running)
+    daemon.guest(name, lambda guest: guest.print(b"x"))
+    run.until(b"x")
 
 
 def test_the_console_is_shown_and_the_status_is_the_guest_s(daemon: Daemon) -> None:
@@ -40,9 +47,7 @@ def test_a_machine_that_ends_without_a_word_of_its_guest_s(daemon: Daemon) -> No
 
 def test_ctrl_c_stops_the_guest(daemon: Daemon) -> None:
     with with_pipes(daemon.path, "run", "builtin:hello") as run:
-        daemon.until(running)
-        daemon.guest("hello", lambda guest: guest.print(b"x"))
-        run.until(b"x")
+        hear(daemon, run, "hello")
         run.process.send_signal(signal.SIGINT)
         said = run.rest()
         assert run.wait() == 126
@@ -53,10 +58,8 @@ def test_ctrl_c_stops_the_guest(daemon: Daemon) -> None:
 
 def test_ctrl_c_twice_ends_a_guest_that_does_not_stop(daemon: Daemon) -> None:
     with with_pipes(daemon.path, "run", "builtin:hello") as run:
-        daemon.until(running)
+        hear(daemon, run, "hello")
         daemon.guest("hello", lambda guest: setattr(guest, "stubborn", True))
-        daemon.guest("hello", lambda guest: guest.print(b"x"))
-        run.until(b"x")
         run.process.send_signal(signal.SIGINT)
         run.until(b"once more to end it at once")
         run.process.send_signal(signal.SIGTERM)
@@ -73,9 +76,7 @@ def linux(daemon: Daemon, name: str) -> str:
 
 def test_ctrl_c_shuts_a_linux_guest_down(daemon: Daemon) -> None:
     with with_pipes(daemon.path, "run", linux(daemon, "one")) as run:
-        daemon.until(running)
-        daemon.guest("one", lambda guest: guest.print(b"x"))
-        run.until(b"x")
+        hear(daemon, run, "one")
         run.process.send_signal(signal.SIGINT)
         said = run.rest()
         assert run.wait() == 0
@@ -87,9 +88,7 @@ def test_ctrl_c_shuts_a_linux_guest_down(daemon: Daemon) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
 def test_a_linux_guest_that_does_not_shut_down_is_stopped(daemon: Daemon, number: signal.Signals) -> None:
     with with_pipes(daemon.path, "run", linux(daemon, "stubborn")) as run:
-        daemon.until(running)
-        daemon.guest("stubborn", lambda guest: guest.print(b"x"))
-        run.until(b"x")
+        hear(daemon, run, "stubborn")
         run.process.send_signal(signal.SIGINT)
         run.until(b"once more to stop it at once")
         run.process.send_signal(number)  # SIGALRM: its timer's
@@ -102,9 +101,7 @@ def test_a_linux_guest_that_does_not_shut_down_is_stopped(daemon: Daemon, number
 
 def test_a_reader_that_goes_away_ends_the_guest(daemon: Daemon) -> None:
     with with_pipes(daemon.path, "run", "builtin:hello") as run:
-        daemon.until(running)
-        daemon.guest("hello", lambda guest: guest.print(b"x"))
-        run.until(b"x")
+        hear(daemon, run, "hello")
         run.process.stdout.close()  # type: ignore[union-attr]  # there is one
         # Nothing is printed: that nobody reads is seen all the same.
         assert run.wait() == 0

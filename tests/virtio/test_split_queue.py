@@ -155,7 +155,15 @@ def test_event_indices_save_notifications(memory: Memory) -> None:
 # -- what no driver should do ----------------------------------------------------------------------------------------
 
 
-def break_rule(pair: Pair, what: str) -> None:  # noqa: C901, PLR0912, PLR0915 - one case a rule
+def take(pair: Pair, count: int) -> None:
+    """Let the device take that many buffers of a byte, and give none back."""
+    for index in range(count):
+        pair.driver.describe(index, 0x1000, 1)
+        pair.driver.offer_head(index)
+        assert pair.ring.pop() is not None
+
+
+def break_rule(pair: Pair, what: str) -> None:  # noqa: C901, PLR0912 - one case a rule
     queue = pair.driver
     match what:
         case "head":
@@ -183,16 +191,10 @@ def break_rule(pair: Pair, what: str) -> None:  # noqa: C901, PLR0912, PLR0915 -
         case "backwards":
             queue.set_avail_index(-1)
         case "backwards under what is in use":
-            for index in range(3):
-                queue.describe(index, 0x1000, 1)
-                queue.offer_head(index)
-                assert pair.ring.pop() is not None
+            take(pair, 3)
             queue.set_avail_index(2)
         case "more than all":
-            for index in range(8):
-                queue.describe(index, 0x1000, 1)
-                queue.offer_head(index)
-                assert pair.ring.pop() is not None
+            take(pair, 8)
             queue.offer_head(0)
         case "indirect and next":
             queue.describe(0, 0x1000, 16, DESC_INDIRECT | DESC_NEXT, 1)

@@ -11,6 +11,7 @@ import click
 
 from kvmd.ctl.answers import exit_status, how_it_ended
 from kvmd.ctl.client import Client, Connection, machine_target
+from kvmd.ctl.commands.stop import SHUTDOWN_SECONDS, WAIT_LIMIT_SECONDS
 from kvmd.ctl.errors import CtlError
 from kvmd.ctl.following import Patience
 from kvmd.ctl.output_stream import follow_output
@@ -22,9 +23,7 @@ from kvmd.ctl.text import shown
 from kvmd.ctl.waiting import wait_for
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STOP = "stop?timeout=3600"
-_SHUTDOWN_SECONDS = 30.0
-"""As long as ``kvmctl stop`` waits."""
+_STOP = f"stop?timeout={WAIT_LIMIT_SECONDS}"
 
 
 @ctl_command(
@@ -166,7 +165,7 @@ class _Guest:
             case "shut-down":
                 self._session.note(f"shutting {shown(self.name)} down; once more to stop it at once")
                 self._ask("press the power button of", "power-button")
-                signal.setitimer(signal.ITIMER_REAL, _SHUTDOWN_SECONDS)
+                signal.setitimer(signal.ITIMER_REAL, SHUTDOWN_SECONDS)
             case "stop":
                 self._session.note(f"stopping {shown(self.name)}; once more to end it at once")
                 self._ask("stop", _STOP)
@@ -180,7 +179,7 @@ class _Guest:
         """Stop a guest whose power button was pressed, unless the operator did."""
         if self._escalations[:1] == ["stop"]:
             del self._escalations[0]
-            self._session.note(f"{shown(self.name)} did not shut down within {_SHUTDOWN_SECONDS:g} s, and is stopped")
+            self._session.note(f"{shown(self.name)} did not shut down within {SHUTDOWN_SECONDS:g} s, and is stopped")
             self._ask("stop", _STOP)
 
     def _ask(self, action: str, target: str) -> None:

@@ -16,6 +16,9 @@ from kvmd.ctl.text import shown
 from kvmd.ctl.waiting import wait_for
 
 WAIT_LIMIT_SECONDS = 3600
+SHUTDOWN_SECONDS = 30
+"""How long a Linux guest has to shut down, unless something else is asked for."""
+
 _STOP_SECONDS = 30.0
 
 
@@ -25,7 +28,7 @@ _STOP_SECONDS = 30.0
     "-t",
     "--timeout",
     type=click.FloatRange(0, WAIT_LIMIT_SECONDS),
-    default=30,
+    default=SHUTDOWN_SECONDS,
     show_default=True,
     metavar="SECONDS",
     help="How long to wait for each.",
