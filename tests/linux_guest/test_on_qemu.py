@@ -23,7 +23,7 @@ SECONDS = 600.0
 QEMU = "qemu-system-x86_64"
 
 
-def prove(folder: Path, kernel: Kernel, accelerator: str, end: str) -> None:
+def prove(folder: Path, kernel: Kernel, accelerator: str, end: str, parameters: str = "") -> None:
     program = shutil.which(QEMU)
     if program is None:
         pytest.skip(f"there is no {QEMU}")
@@ -36,7 +36,7 @@ def prove(folder: Path, kernel: Kernel, accelerator: str, end: str) -> None:
                 program=program,
                 kernel=proof.kernel,
                 initrd=proof.initrd,
-                cmdline=proof.cmdline,
+                cmdline=f"{proof.cmdline} {parameters}",
                 accelerator=accelerator,
                 disk=proof.disk,
                 network=QemuNetwork(network.tap.fd, network.mac.hex(":")),
@@ -50,7 +50,9 @@ def prove(folder: Path, kernel: Kernel, accelerator: str, end: str) -> None:
 @own_network
 def test_the_lab_s_kernel_finds_everything_as_it_should(tmp_path: Path) -> None:
     # Without KVM there is no ACPI in QEMU's microvm that Linux gets along with, and so no power to switch off.
-    prove(tmp_path, lab_kernel(), "tcg", "reboot")
+    # Reboot is by a triple fault: left to itself Linux jumps to the reset vector, the firmware there loads the kernel
+    # once more on one processor without resetting the other, and one time in twelve that got nowhere.
+    prove(tmp_path, lab_kernel(), "tcg", "reboot", "reboot=t")
 
 
 @pytest.mark.private_memory  # the lab's KVM, where guest kernels run natively
