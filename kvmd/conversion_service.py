@@ -4,12 +4,11 @@ The rules are in ``kvmd.conversion.rules``; this is the shell that moves message
 
     vCPU thread ──ticket──> queue ──carried over──> trio channel ──> service task
          ^         (kvmd.request_channel)                           │ rules, protection
-         └────────── a queue that wakes just this thread <── answer ─┘
+         └────────── a bell that wakes just this thread <── answer ──┘
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from contextlib import suppress
 import structlog
 import trio
 
+from kvmd.bell import Bell
 from kvmd.conversion.changes import Change, Failure, FailureKind, Ticket
 from kvmd.conversion.messages import CONVERTED, DONE, Answer, ConversionRequest, GuestResult, MmioAccess, Outcome
 from kvmd.conversion.record import ConversionRecord
@@ -50,22 +50,6 @@ UNRECORDED_MOST = 32
 
 LEAK_RETRY_SECONDS = 1.0
 """How often memory that could not be discarded is tried again."""
-
-
-class Waiter:
-    """What one vCPU thread blocks on: a queue of its own, so that an answer wakes exactly that thread.
-
-    Attributes:
-        wait: blocks until answered, and returns the answer. The service answers every request, at teardown too.
-        answer: wakes the thread with its answer. From any thread.
-    """
-
-    __slots__ = ("answer", "wait")
-
-    def __init__(self) -> None:
-        answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self.wait = answers.get
-        self.answer = answers.put
 
 
 _ENDED = Stop.because(StopReason.BUG, "the conversion service ended under a running guest")
@@ -112,13 +96,21 @@ class ConversionService:
         """Requests that vCPU threads handed in so far, answered or not."""
         return self._channel.count
 
-    def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
-        """Hand over a request and block the calling vCPU thread until it is answered."""
-        self._channel.put(Ticket(request, waiter.answer, _now_ns()))
-        return waiter.wait()
+    def request(self, request: ConversionRequest, bell: Bell) -> Answer:
+        """Hand over a request, and block the calling vCPU thread, at its bell, until it is answered.
+
+        Every request is, at teardown too.
+        """
+        ticket = Ticket(request, bell.ring, _now_ns())
+        self._channel.put(ticket)
+        bell.wait()
+        while (answer := ticket.answer) is None:
+            bell.wait()
+        return answer
 
     def _answer_late(self, ticket: Ticket) -> None:
-        ticket.reply(Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=self._closed or _ENDED))
+        ticket.answer = Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=self._closed or _ENDED)
+        ticket.wake()
 
     # -- the event loop's side -----------------------------------------------------------------------------
 
@@ -248,7 +240,8 @@ class ConversionService:
             alone = change.alone
             if alone is not None and outcome.failure is None:
                 alone.answered_ns = self._answered_ns = _now_ns()
-                alone.reply(DONE)
+                alone.answer = DONE
+                alone.wake()
                 self._discard(change, change.range)
                 self._commit(change, outcome, started_ns, alone.answered_ns)
                 self._rules.finish(change)
@@ -345,7 +338,9 @@ class ConversionService:
             answer = ticket.answer
             if answer is not None:
                 access = ticket.request.access
-                ticket.reply(answer if access is None else self._with_access(ticket.request, access, answer))
+                if access is not None:
+                    ticket.answer = self._with_access(ticket.request, access, answer)
+                ticket.wake()
         # What the machine's end cut off says nothing about conversions.
         return settled if self._closed is None else ()
 

@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from kvmd.bell import Bell
 from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE, explicit_request
 from kvmd.conversion.livelock import LivelockWatch
 from kvmd.conversion.messages import CONVERTED, IMPLICIT, Answer, ConversionRequest, GuestResult, MmioAccess
-from kvmd.conversion_service import Waiter
 from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.devices.power import EndSwitch, GuestEnd
@@ -94,7 +94,7 @@ class Converter(Protocol):
     def sequence(self) -> int:
         """The number of changes so far."""
 
-    def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
+    def request(self, request: ConversionRequest, bell: Bell) -> Answer:
         """Hand over a request and block until it is answered."""
 
 
@@ -126,9 +126,10 @@ class ExitHandler:
     Args:
         vcpu: the handle; its thread is the caller's.
         around: what it shares with the other vCPUs.
+        bell: what its thread waits at for answers; closed by the caller.
     """
 
-    def __init__(self, vcpu: Vcpu, around: VcpuSurroundings) -> None:
+    def __init__(self, vcpu: Vcpu, around: VcpuSurroundings, bell: Bell) -> None:
         self._vcpu = vcpu
         self._index = vcpu.index
         self._service = around.service
@@ -137,7 +138,7 @@ class ExitHandler:
         self._mmio = around.mmio
         self._devices = around.devices
         self._switch = around.switch
-        self._waiter = Waiter()
+        self._bell = bell
         self._watch: LivelockWatch[Registers] = LivelockWatch(vcpu.registers)
         self._entered_at = 0
         self._fetch_retries = 0
@@ -180,7 +181,7 @@ class ExitHandler:
         gpa, to = self._protection.wanted(fault)
         # By position, which takes half the time; True: what a fault asks for is never malformed.
         request = ConversionRequest(self._index, IMPLICIT, gpa, fault.size, to, self._entered_at, True)  # noqa: FBT003
-        answer = self._service.request(request, self._waiter)
+        answer = self._service.request(request, self._bell)
         if answer.stop is not None:
             return self._with_registers(self._diagnosed(answer.stop, gpa, fault.size, to))
         # A stale or spurious fault only lost a race, which says nothing of its instruction.
@@ -313,10 +314,10 @@ class ExitHandler:
 
     def _implicit(self, gpa: int, size: int, to: PageState, access: MmioAccess | None = None) -> Answer:
         request = ConversionRequest(self._index, IMPLICIT, gpa, size, to, self._entered_at, access=access)
-        return self._service.request(request, self._waiter)
+        return self._service.request(request, self._bell)
 
     def _explicit(self, arguments: tuple[int, int, int]) -> Answer:
-        return self._service.request(explicit_request(self._vcpu.index, arguments, self._entered_at), self._waiter)
+        return self._service.request(explicit_request(self._vcpu.index, arguments, self._entered_at), self._bell)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

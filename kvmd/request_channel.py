@@ -2,22 +2,23 @@
 
 A trio channel belongs to the event loop's thread, and waking the loop through ``trio.from_thread`` or
 ``run_sync_soon`` costs a write to a socket and a turn of the loop for each call. So a thread puts what it has into a
-``queue.SimpleQueue`` first, and whoever is awake on the loop's side carries it into the trio channel: the porter task,
-woken by an eventfd, or the service itself, which lingers at the queue for as long as requests come soon. That saves the
-turn of the loop (``kvmd bench handoff`` compares them).
+queue first, and whoever is awake on the loop's side carries it into the trio channel: the porter task, woken by an
+eventfd, or the service itself, which lingers at the queue for as long as requests come soon. That saves the turn of the
+loop (``kvmd bench handoff`` compares them).
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Generic, TypeVar
 
 import trio
 
+from kvmd.bell import Bell
 from kvmd.wait_watch import WaitWatch
 
 SOON_NS = 500_000
@@ -46,18 +47,20 @@ class RequestChannel(Generic[T]):
     """
 
     def __init__(self, too_late: Callable[[T], None], *, linger_seconds: float = LINGER_SECONDS) -> None:
-        # None is no item: it ends a wait for one.
-        self._handed: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._handed: deque[T] = deque()
+        self._bell = Bell()
+        self._ring, self._wait = self._bell.ring, self._bell.wait
         self._watch = WaitWatch(linger_seconds, lambda: self._taken, self._end_wait)
         # One message is all that came together. An item a vCPU: there are never more than vCPUs.
         self._send, self._receive = trio.open_memory_channel[list[T]](_NO_LIMIT)
         self._send_nowait, self._receive_nowait = self._send.send_nowait, self._receive.receive_nowait
         self._in_channel = 0
         self._taken = 0
-        self._ends_put = self._ends_taken = 0
         self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._signalled = False
         self._attended = False
+        self._lingers = False
+        self._give_up = False
         self._pays = False
         self._idle_since_ns = 0
         self._closed = False
@@ -68,12 +71,14 @@ class RequestChannel(Generic[T]):
     @property
     def count(self) -> int:
         """Items put in so far, taken out or not."""
-        return self._taken + self._handed.qsize() - (self._ends_put - self._ends_taken)
+        return self._taken + len(self._handed)
 
     def put(self, item: T) -> None:
         """Send an item. Never blocks."""
-        self._handed.put(item)
-        if not (self._attended or self._signalled):
+        self._handed.append(item)
+        if self._lingers:
+            self._ring()
+        elif not (self._attended or self._signalled):
             self._signalled = True
             os.eventfd_write(self._eventfd, 1)
         if self._closed:
@@ -111,7 +116,7 @@ class RequestChannel(Generic[T]):
 
     def take(self) -> list[T]:
         """Take out all items there are, perhaps none. Never blocks."""
-        if not self._handed.empty() and (handed := self._drain()):
+        if self._handed and (handed := self._drain()):
             self._carry_over(handed)
         if not self._in_channel:
             return []
@@ -135,19 +140,23 @@ class RequestChannel(Generic[T]):
         Does not wait at all unless items came soon the last times: then the caller goes back to ``receive``.
         """
         if self._pays and not self._in_channel:
-            watch = self._watch
+            handed, watch = self._handed, self._watch
             watch.waiting = True
             if watch.watching or watch.resume():
-                item = self._handed.get()
+                self._lingers = True
+                while not (handed or self._give_up):
+                    self._wait()
+                self._lingers = False
                 watch.waiting = False
-                if item is not None:
+                if handed:
+                    item = handed.popleft()
                     self._taken += 1
                     self._send_nowait([item])
-                    if self._handed.empty():
+                    if not handed:
                         return self._receive_nowait()
                     self._in_channel += 1
                     return self.take()
-                self._ends_taken += 1
+                self._give_up = False
             watch.waiting = False
             self._pays = False
         self._idle_since_ns = time.monotonic_ns()
@@ -165,8 +174,9 @@ class RequestChannel(Generic[T]):
         return items
 
     def dispose(self) -> None:
-        """Give up the eventfd, once no thread uses the channel any more; harmless the second time."""
+        """Give up the descriptors, once no thread uses the channel any more; harmless the second time."""
         self._watch.close()
+        self._bell.close()
         if self._eventfd >= 0:
             os.close(self._eventfd)
             self._eventfd = -1
@@ -175,8 +185,8 @@ class RequestChannel(Generic[T]):
 
     def _end_wait(self) -> None:
         """End a wait in ``linger``. In the watching thread."""
-        self._ends_put += 1
-        self._handed.put(None)
+        self._give_up = True
+        self._ring()
 
     def _carry_over(self, items: list[T]) -> None:
         self._send_nowait(items)
@@ -184,11 +194,9 @@ class RequestChannel(Generic[T]):
 
     def _drain(self) -> list[T]:
         items: list[T] = []
-        with suppress(queue.Empty):
-            while True:
-                if (item := self._handed.get_nowait()) is None:
-                    self._ends_taken += 1
-                else:
-                    items.append(item)
+        # Two threads may be here at the end.
+        with suppress(IndexError):
+            while self._handed:
+                items.append(self._handed.popleft())
         self._taken += len(items)
         return items

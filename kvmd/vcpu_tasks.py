@@ -11,6 +11,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
+from kvmd.bell import Bell
 from kvmd.errors import BackendError
 from kvmd.exit_handler import ExitHandler, Next, VcpuEnded, VcpuResult, VcpuSurroundings
 from kvmd.hv.vcpu import Vcpu
@@ -35,8 +36,7 @@ class VcpuThread:
     def __init__(self, vcpu: Vcpu, gate: RunGate, around: VcpuSurroundings) -> None:
         self._vcpu = vcpu
         self._gate = gate
-        self._service = around.service
-        self._handler = ExitHandler(vcpu, around)
+        self._around = around
         self._seat = gate.join(vcpu)
 
     def main(self) -> VcpuResult:
@@ -44,15 +44,16 @@ class VcpuThread:
         vcpu = self._vcpu
         vcpu.prepare_thread()
         try:
-            return self._loop()
+            with Bell() as bell:
+                return self._loop(ExitHandler(vcpu, self._around, bell))
         except BackendError as error:
             return Stop.because(StopReason.BACKEND_FAILED, str(error), vcpu=vcpu.index)
         finally:
             self._gate.leave(self._seat)
             vcpu.release_thread()
 
-    def _loop(self) -> VcpuResult:
-        gate, seat, vcpu, service, answer = self._gate, self._seat, self._vcpu, self._service, self._handler.answer
+    def _loop(self, handler: ExitHandler) -> VcpuResult:
+        gate, seat, vcpu, service, answer = self._gate, self._seat, self._vcpu, self._around.service, handler.answer
         completing, complete = False, Next.COMPLETE
         while True:
             # Inside first, then the look at the gate: see kvmd.run_gate for the order.

@@ -17,13 +17,14 @@ from kvmd.conversion.hypercall import explicit_request
 from kvmd.conversion.messages import Answer, GuestResult, Outcome
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
-from kvmd.conversion_service import ConversionService, Waiter
+from kvmd.conversion_service import ConversionService
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
 from kvmd.protection.attribute_views import AttributeViews
 from kvmd.protection.guest_memfd import GuestMemfdProtection
 from kvmd.ranges import GpaRange, PageState
 from kvmd.units import PAGE_SIZE
+from tests.asking import ask
 from tests.protection.fakes import FakeMemfd, FakeVm
 
 PRIVATE, SHARED = PageState.PRIVATE, PageState.SHARED
@@ -39,7 +40,7 @@ class Rig:
 
     async def ask(self, first: int, count: int, to: PageState) -> Answer:
         arguments = (first * PAGE_SIZE, count, 0x10 if to is PRIVATE else 0)
-        return await trio.to_thread.run_sync(self.service.request, explicit_request(0, arguments, 0), Waiter())
+        return await trio.to_thread.run_sync(ask, self.service, explicit_request(0, arguments, 0))
 
     def shared(self) -> list[GpaRange]:
         return list(self.state.runs(SHARED))

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 import pytest
 import trio
 
+from kvmd.bell import Bell
 from kvmd.conversion.changes import Failure, FailureKind, Limits
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
-from kvmd.conversion_service import INLINE_PAGES, LEAK_RETRY_SECONDS, ConversionService, Waiter
+from kvmd.conversion_service import INLINE_PAGES, LEAK_RETRY_SECONDS, ConversionService
 from kvmd.memory.page_state import PageStateMap
 from kvmd.ranges import GpaRange, PageState
 from kvmd.stop import Stop, StopReason
 from kvmd.units import PAGE_SIZE
+from tests.asking import ask
 from tests.conversion.scripts import MEMORY_PAGES, PINNED_PAGES, PRIVATE, SHARED, pages, request
 from tests.fakes import RecordingProtection, failed
 
@@ -40,7 +42,7 @@ class Bench:
 
     async def ask(self, request_: ConversionRequest) -> Answer:
         """Ask from a thread of its own, like a vCPU."""
-        return await trio.to_thread.run_sync(self.service.request, request_, Waiter())
+        return await trio.to_thread.run_sync(ask, self.service, request_)
 
     async def until_requested(self, count: int) -> None:
         """Wait until so many requests were handed in."""
@@ -104,7 +106,7 @@ async def test_requests_that_wait_together_are_merged() -> None:
 
     def vcpu(index: int) -> None:
         waiting.wait()
-        answers.append(bench.service.request(request(index, pages(10 + index), SHARED), Waiter()))
+        answers.append(ask(bench.service, request(index, pages(10 + index), SHARED)))
 
     threads = [threading.Thread(target=vcpu, args=(index,)) for index in range(4)]
     for thread in threads:
@@ -168,9 +170,7 @@ async def test_cancelling_in_the_middle_of_a_large_change_ends_it_after_a_chunk(
     bench.protection.before_apply = hold
     answers: list[Answer] = []
     thread = threading.Thread(
-        target=lambda: answers.append(
-            bench.service.request(request(0, pages(10, 200), SHARED, Cause.EXPLICIT), Waiter())
-        )
+        target=lambda: answers.append(ask(bench.service, request(0, pages(10, 200), SHARED, Cause.EXPLICIT)))
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(bench.service.run)
@@ -224,11 +224,8 @@ async def test_a_failed_discard_is_kept_and_tried_again() -> None:
     async with running(build()) as bench:
         bench.protection.fail_discard.extend([True, True])
         assert bench.rules.leaked_bytes == 0
-        waiter = Waiter()
         answers: list[Answer] = []
-        thread = threading.Thread(
-            target=lambda: answers.append(bench.service.request(request(0, pages(10), SHARED), waiter))
-        )
+        thread = threading.Thread(target=lambda: answers.append(ask(bench.service, request(0, pages(10), SHARED))))
         thread.start()
         while not answers:
             await trio.lowlevel.checkpoint()
@@ -274,9 +271,7 @@ async def test_cancelling_the_service_leaves_no_thread_blocked() -> None:
     answers: list[Answer] = []
     threads = [
         threading.Thread(
-            target=lambda index=index: answers.append(
-                bench.service.request(request(index, pages(10 + 2 * index), SHARED), Waiter())
-            )
+            target=lambda index=index: answers.append(ask(bench.service, request(index, pages(10 + 2 * index), SHARED)))
         )
         for index in range(8)
     ]
@@ -322,14 +317,15 @@ async def test_many_threads_fight_and_every_request_has_one_answer(vcpus: int) -
         counts: list[int] = []
 
         def vcpu(index: int) -> None:
-            waiter, answered = Waiter(), 0
-            for round_ in range(rounds):
-                to: PageState = SHARED if (index + round_) % 2 else PRIVATE
-                page = PINNED_PAGES + (index * 7 + round_) % 6
-                answer = bench.service.request(
-                    request(index, pages(page), to, entered_at=bench.service.sequence), waiter
-                )
-                answered += answer.outcome in {Outcome.CONVERTED, Outcome.SPURIOUS}
+            answered = 0
+            with Bell() as bell:
+                for round_ in range(rounds):
+                    to: PageState = SHARED if (index + round_) % 2 else PRIVATE
+                    page = PINNED_PAGES + (index * 7 + round_) % 6
+                    answer = bench.service.request(
+                        request(index, pages(page), to, entered_at=bench.service.sequence), bell
+                    )
+                    answered += answer.outcome in {Outcome.CONVERTED, Outcome.SPURIOUS}
             counts.append(answered)
 
         async with trio.open_nursery() as nursery:

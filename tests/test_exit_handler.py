@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvmd.bell import Bell
 from kvmd.conversion.livelock import FIRST_SAMPLE, SAMPLE_EVERY, STUCK_AFTER
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
-from kvmd.conversion_service import Waiter
 from kvmd.devices.console import ConsoleOutput
 from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
@@ -40,6 +40,9 @@ from tests.fakes import C_BIT, FakeVcpu, RecordingProtection
 
 MEMORY = 4 * MIB
 PAGE = 2 * MIB
+BELL = Bell()
+"""Of all handlers: nobody here blocks."""
+
 STOP = Stop.because(StopReason.MEMSLOTS_EXHAUSTED, "full")
 
 
@@ -51,9 +54,9 @@ class ScriptedService:
     requests: list[ConversionRequest] = field(default_factory=list)
     sequence: int = 7
 
-    def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
+    def request(self, request: ConversionRequest, bell: Bell) -> Answer:
         """Answer at once."""
-        assert waiter is not None
+        assert bell is not None
         self.requests.append(request)
         return self.answers.pop(0) if self.answers else Answer(Outcome.CONVERTED)
 
@@ -71,7 +74,7 @@ class Rig:
         self.vcpu.current = Registers(rip=0x100040, rax=12)
         self.protection = RecordingProtection(MEMORY)
         around = VcpuSurroundings(self.service, self.protection, self.ports, self.mmio)
-        self.handler = ExitHandler(self.vcpu, around)
+        self.handler = ExitHandler(self.vcpu, around, BELL)
 
     def answer(self, exit_: Exit) -> object:
         """Answer one exit of a vCPU that entered at change 7."""
@@ -310,7 +313,7 @@ class LinuxRig(Rig):
         self.bus = MmioBus()
         self.ports.add(RESET_PORT, 1, acpi_reset(self.switch))
         around = VcpuSurroundings(self.service, self.protection, self.ports, self.mmio, self.bus, self.switch)
-        self.handler = ExitHandler(self.vcpu, around)
+        self.handler = ExitHandler(self.vcpu, around, BELL)
 
 
 class Register:

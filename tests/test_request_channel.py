@@ -165,6 +165,24 @@ async def test_an_end_that_comes_when_nobody_waits_any_more_is_no_item(channel: 
     assert channel.close() == []
 
 
+async def test_an_end_that_comes_too_late_ends_one_wait_more(
+    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
+    nursery.start_soon(channel.carry)
+    await make_it_pay(channel)
+    channel.put(1)
+    channel._end_wait()
+    assert channel.linger() == [1]
+    assert channel.linger() == []
+    await make_it_pay(channel)
+    channel.attend()
+    thread = threading.Thread(target=channel.put, args=(2,))
+    thread.start()
+    assert channel.linger() == [2]
+    thread.join()
+
+
 async def test_where_nothing_can_end_a_wait_there_is_none(
     channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:

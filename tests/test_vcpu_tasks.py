@@ -9,8 +9,8 @@ import pytest
 import trio
 
 from kvmd import run_gate, vcpu_tasks
+from kvmd.bell import Bell
 from kvmd.conversion.messages import Answer, ConversionRequest, Outcome
-from kvmd.conversion_service import Waiter
 from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.errors import BackendError
@@ -30,10 +30,10 @@ class IdleService:
 
     sequence = 0
 
-    def request(self, request: ConversionRequest, waiter: Waiter) -> Answer:
+    def request(self, request: ConversionRequest, bell: Bell) -> Answer:
         """Say that it is done."""
         assert request.vcpu >= 0
-        assert waiter is not None
+        assert bell is not None
         return Answer(Outcome.CONVERTED)
 
 

@@ -11,11 +11,12 @@ from queue import SimpleQueue
 
 import trio
 
+from kvmd.bell import Bell
 from kvmd.conversion.changes import Change, Limits, Ticket
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, MmioAccess, Outcome
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
-from kvmd.conversion_service import ConversionService, Waiter
+from kvmd.conversion_service import ConversionService
 from kvmd.hv.exits import MemoryFault
 from kvmd.memory.page_state import PageStateMap
 from kvmd.protection.base import Applied
@@ -113,7 +114,7 @@ class _Service(Way):
         rules = self.rules(PageStateMap(_MEMORY, PageState.PRIVATE), pinned=None, limits=Limits())
         lock, self._ring = threading.Lock(), RecordRing()
         self._service = ConversionService(rules, InstantProtection(), memory_lock=lock, ring=self._ring)
-        self._waiter = Waiter()
+        self._bell = Bell()
         self._requests = cycle(
             ConversionRequest(
                 vcpu=0, cause=Cause.IMPLICIT, gpa=page * PAGE_SIZE, size_bytes=PAGE_SIZE, to=to, entered_at=0
@@ -123,13 +124,14 @@ class _Service(Way):
         )
 
     def call(self) -> None:
-        self._service.request(next(self._requests), self._waiter)
+        self._service.request(next(self._requests), self._bell)
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         await self._service.run(task_status=task_status)
 
     def close(self) -> None:
         self._service.dispose()
+        self._bell.close()
         _, records = self._ring.reader(from_oldest=True).take(self._ring.capacity)
         outcomes = [record.outcome for record in records]
         if outcomes != [self.expected] * (WARM_UP_TURNS + TURNS):
@@ -193,6 +195,10 @@ class InstantProtection:
 # -- ways that were not taken ------------------------------------------------------------------------------------------
 
 
+def _ring(bell: Bell) -> None:
+    bell.ring()
+
+
 class _Channel(Way):
     """kvmd's channel without the service."""
 
@@ -200,13 +206,12 @@ class _Channel(Way):
 
     def __init__(self) -> None:
         super().__init__()
-        self._channel: RequestChannel[Waiter] = RequestChannel(lambda waiter: waiter.answer(self._answer))
-        self._waiter = Waiter()
-        self._answer = Answer(Outcome.CONVERTED)
+        self._channel: RequestChannel[Bell] = RequestChannel(_ring)
+        self._bell = Bell()
 
     def call(self) -> None:
-        self._channel.put(self._waiter)
-        self._waiter.wait()
+        self._channel.put(self._bell)
+        self._bell.wait()
 
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
@@ -216,14 +221,15 @@ class _Channel(Way):
                 arrived = await self._channel.receive()
                 self._channel.attend()
                 while arrived:
-                    for waiter in arrived:
-                        waiter.answer(self._answer)
+                    for bell in arrived:
+                        bell.ring()
                     arrived = self._channel.linger()
                 self._channel.leave()
 
     def close(self) -> None:
         self._channel.close()
         self._channel.dispose()
+        self._bell.close()
 
 
 class _SoonChannel(Way):

@@ -46,8 +46,8 @@ class Limits:
     implicit: ImplicitPolicy = ImplicitPolicy.ALLOW
 
 
-def _nobody(answer: Answer) -> None:
-    """Take the answer of a request that nobody waits for."""
+def _nobody() -> None:
+    """Wake nobody."""
 
 
 class Ticket(msgspec.Struct, eq=False, gc=False):
@@ -55,7 +55,7 @@ class Ticket(msgspec.Struct, eq=False, gc=False):
 
     Attributes:
         request: what was asked.
-        reply: wakes who waits for the answer.
+        wake: wakes who waits for the answer.
         arrived_ns: when it was handed in, on the monotonic clock; all times are for the record, not for the rules.
         range: the pages that were asked for; None where the request names none.
         answer: None until settled.
@@ -68,7 +68,7 @@ class Ticket(msgspec.Struct, eq=False, gc=False):
     """
 
     request: ConversionRequest
-    reply: Callable[[Answer], None] = _nobody
+    wake: Callable[[], object] = _nobody
     arrived_ns: int = 0
     range: GpaRange | None = None
     answer: Answer | None = None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
+from kvmd.bell import Bell
 from kvmd.conversion.changes import Limits
 from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE
 from kvmd.conversion.livelock import FIRST_SAMPLE, SAMPLE_EVERY, STUCK_AFTER
@@ -117,7 +118,9 @@ async def running(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bo
     service = ConversionService(rules, rig.protection, memory_lock=rig.lock, ring=ring)
     vcpus = [OneViewVcpu(index) for index in range(2)]
     around = VcpuSurroundings(service, rig.protection, PortBus(), MmioCounter())
-    board = Board(rig, service, ring, vcpus, [ExitHandler(vcpu, around) for vcpu in vcpus])
+    bells = [Bell() for _ in vcpus]
+    handlers = [ExitHandler(vcpu, around, bell) for vcpu, bell in zip(vcpus, bells, strict=True)]
+    board = Board(rig, service, ring, vcpus, handlers)
     set_ = rig.vm.set_memory_attributes
 
     def spy(gpa_range: GpaRange, attributes: int) -> None:
@@ -133,6 +136,8 @@ async def running(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bo
                 nursery.cancel_scope.cancel()
     finally:
         service.dispose()
+        for bell in bells:
+            bell.close()
 
 
 def fault(was: PageState) -> MemoryFault:
