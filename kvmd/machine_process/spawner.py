@@ -1,4 +1,4 @@
-"""The warmed parent of machines: imports everything once, opens nothing, and forks on request.
+"""The warmed parent of machines: imports everything once, opens nothing, and forks: on request, or just before one.
 
 Started as ``python -m kvmd.machine_process.spawner FD`` with a socket (SOCK_SEQPACKET) as FD, whose other end belongs
 to the daemon. It has one thread, so that a fork is safe. Machines are its children and outlive the daemon: when the
@@ -19,8 +19,10 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import msgspec
 
@@ -28,9 +30,13 @@ from kvmd.machine import Machine
 from kvmd.machine_process.folder import END, EXIT, EndFile, ExitFile, MachineFolder
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, live
+from kvmd.machine_process.spare import Spare
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Reaped, Spawn, Spawned
 from kvmd.machine_process.warming import warm
 from kvmd.stop import ExitStatus
+
+SPARE_AFTER_MS = 100
+"""Milliseconds in which nothing happens until the next machine's process is forked, while nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,8 @@ class Spawner:
         self._link = link
         self._open_machine = open_machine
         self._children: dict[int, _Child] = {}
+        self._spare: Spare | None = None
+        self._keeps_spare = True
 
     def run(self) -> None:
         """Serve until the daemon has gone, and the last child too."""
@@ -59,14 +67,23 @@ class Spawner:
         poll.register(self._link, select.POLLIN)
         linked = True
         while linked or self._children:
-            for fd, _ in poll.poll():
+            wants_spare = linked and self._keeps_spare and self._spare is None
+            ready = poll.poll(SPARE_AFTER_MS if wants_spare else None)
+            if not ready:
+                self._make_spare(poll)
+            for fd, _ in ready:
                 if fd in self._children:
                     poll.unregister(fd)
                     self._reap(self._children.pop(fd), linked=linked)
+                elif self._spare is not None and fd == self._spare.pidfd:
+                    # Somebody killed it: from now on machines are forked when they are asked for.
+                    self._keeps_spare = False
+                    self._dismiss_spare(poll)
                 elif not self._serve_one(poll):
                     linked = False
                     poll.unregister(self._link)
                     self._link.close()
+                    self._dismiss_spare(poll)
 
     def _serve_one(self, poll: select.poll) -> bool:
         """Take one request; tell whether there may be more."""
@@ -94,22 +111,43 @@ class Spawner:
         return True
 
     def _fork(self, inherited: Inheritance) -> _Child:
+        spare = self._spare
+        if spare is not None and spare.become(inherited):
+            self._spare = None
+            return _Child(spare.pid, spare.pidfd, inherited.folder)
         pid = os.fork()
         if pid == 0:
-            self._be_child(inherited)
+            self._be_child(lambda: inherited)
         return _Child(pid, os.pidfd_open(pid), inherited.folder)
 
-    def _be_child(self, inherited: Inheritance) -> None:
-        """Be the machine's process. Never returns."""
+    def _make_spare(self, poll: select.poll) -> None:
+        try:
+            self._spare = Spare(self._be_child)
+        except OSError:
+            self._keeps_spare = False
+        else:
+            poll.register(self._spare.pidfd, select.POLLIN)
+
+    def _dismiss_spare(self, poll: select.poll) -> None:
+        if self._spare is not None:
+            poll.unregister(self._spare.pidfd)
+            self._spare.dismiss()
+            self._spare = None
+
+    def _be_child(self, given: Callable[[], Inheritance | None]) -> NoReturn:
+        """Be the machine's process, or none."""
         status: int = ExitStatus.INTERNAL
         try:
             # A session of its own: nothing that is sent to the daemon's terminal or process group reaches it.
             os.setsid()
             self._link.close()
+            if self._spare is not None:
+                self._spare.forget()
             for child in self._children.values():
                 os.close(child.pidfd)
                 os.close(child.folder)
-            status = live(inherited, self._open_machine)
+            inherited = given()
+            status = 0 if inherited is None else live(inherited, self._open_machine)
         except BaseException:  # noqa: BLE001 - nothing of the parent's may run in the child
             traceback.print_exc()
         finally:

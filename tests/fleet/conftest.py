@@ -73,6 +73,11 @@ def processes_of(mark: str) -> list[int]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """Return a process's parent: field 4 of proc(5), /proc/pid/stat."""
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
+
+
 @pytest.fixture
 def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail a test that leaves a process, and end it."""

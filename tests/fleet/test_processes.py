@@ -24,7 +24,7 @@ from kvmd.machine_process.client import ControlClient
 from kvmd.machine_process.folder import MachineFolder
 from kvmd.machine_process.kept_conversions import conversions_left
 from kvmd.machine_process.messages import FollowEvents, Type, Typed
-from tests.fleet.conftest import FAKE_SPAWNER, Site, processes_of, spec
+from tests.fleet.conftest import FAKE_SPAWNER, Site, parent_of, spec
 from tests.fleet.test_contract import STOPPED, in_short, running, until
 
 SECONDS = 90
@@ -165,8 +165,7 @@ async def test_sigterm_stops_a_machine_in_order(local_site: Site) -> None:
 async def test_a_spawner_that_dies_is_replaced(fake_site: Site) -> None:
     async with last_opened(fake_site) as fleet:
         first = await fleet.create(spec("first"), owner_uid=0)
-        (spawner,) = [pid for pid in processes_of(os.environ["KVMD_TEST_PROCESSES_OF"]) if pid != first.pid]
-        os.kill(spawner, signal.SIGKILL)
+        os.kill(parent_of(pid_of(first)), signal.SIGKILL)
         with trio.fail_after(SECONDS):
             while True:
                 try:
