@@ -36,6 +36,7 @@ format: $(READY) ## Format the code
 lab-test: $(READY) ## Run the tests that need private memory, in the lab
 	lab/setup
 	lab/test
+	$(MAKE) lab-linux
 	$(MAKE) lab-systemd
 
 LINUX_TESTS = tests/lab/test_linux_guest.py tests/lab/test_linux.py tests/lab/test_guest_devices.py

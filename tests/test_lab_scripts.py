@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ("run", "test", "setup", "build-kernel", "kernel")
 UTILITIES = (
-    *("awk", "bash", "cat", "cmp", "cp", "dirname", "env", "grep", "head", "id", "mkdir", "mktemp", "mv", "nproc"),
-    *("printf", "realpath", "rm", "sed", "sleep", "sort", "tail", "tar", "tee", "timeout", "true"),
+    *("awk", "bash", "cat", "cmp", "cp", "dirname", "env", "flock", "grep", "head", "id", "mkdir", "mktemp", "mv"),
+    *("nproc", "printf", "realpath", "rm", "sed", "seq", "shuf", "sleep", "sort", "tail", "tar", "taskset", "tee"),
+    *("timeout", "true"),
 )
 """What the scripts may use of this host; anything else on their PATH is a stand-in."""
 
@@ -263,6 +265,29 @@ def test_a_lab_that_ends_without_the_commands_status_is_a_failure(lab: Bench, st
     ended = lab.call("run", "true")
     assert ended.status == EX_SOFTWARE
     assert f"the lab ended without a status of the command (vng: {status})" in ended.err
+
+
+def test_a_lab_is_bound_to_one_processor_that_no_other_lab_has(lab: Bench) -> None:
+    held: list[set[int]] = []
+    allowed = sorted(os.sched_getaffinity(0))[:3]
+    some = ["taskset", "--cpu-list", ",".join(map(str, allowed))]
+    with ExitStack() as stack:
+        for _ in range(len(allowed) + 1):
+            running = stack.enter_context(
+                subprocess.Popen(  # noqa: S603  the script under test
+                    [*some, lab.repository / "lab" / "run", "echo $$; exec sleep 60"],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=lab.environment({"TMPDIR": str(lab.root)}),
+                )
+            )
+            stack.callback(running.terminate)
+            assert running.stdout is not None
+            held.append(os.sched_getaffinity(int(running.stdout.readline())))
+    *first, last = held
+    assert sorted(first, key=min) == [{processor} for processor in allowed]
+    # One more than there are processors has to share.
+    assert last in first
 
 
 def test_a_time_limit_ends_the_lab(lab: Bench) -> None:
