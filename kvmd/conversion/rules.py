@@ -24,7 +24,7 @@ from kvmd.conversion.messages import DONE, EXPLICIT, IMPLICIT, Answer, GuestResu
 from kvmd.conversion.no_progress import NoProgressWatch
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
-from kvmd.ranges import GPA_LIMIT, GpaRange, PageState
+from kvmd.ranges import GpaRange, PageState
 from kvmd.stop import Stop, StopReason
 from kvmd.units import PAGE_MASK, format_size
 
@@ -85,8 +85,10 @@ class ConversionRules:
         if request.cause is IMPLICIT:
             # A fault may name less than a page; what converts is whole pages.
             start, end = start & ~PAGE_MASK, (end + PAGE_MASK) & ~PAGE_MASK
-        if 0 <= start < end <= GPA_LIMIT and not (start | end) & PAGE_MASK:
+        try:
             ticket.range = GpaRange(start, end)
+        except ValueError:
+            ticket.range = None
         self._pending.append(ticket)
 
     def fail_all(self, stop: Stop) -> None:
