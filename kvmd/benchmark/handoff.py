@@ -1,10 +1,10 @@
 """A request's way from a vCPU's thread through the conversion service and back.
 
-Beside it a bare ping-pong of two threads over ``queue.SimpleQueue``: the least that Python pays for waking a thread
-and being woken by it. The hand-off is the whole of kvmd's way: the ticket, the channel, the service's task and its
-loop, the answer, and the record; only the rules are replaced by ones that answer at once, since what they decide, and
-what is changed then, is no part of handing over. The rows after it put the rules back. Then the ways that were not
-taken, without service, rules and records.
+Beside it a bare ping-pong of two threads over ``queue.SimpleQueue``: what Python has for waking a thread and being
+woken by it; and, further down, the same over eventfds, as kvmd wakes (``kvmd.bell``). The hand-off is the whole of
+kvmd's way: the ticket, the channel, the service's task and its loop, the answer, and the record; only the rules are
+replaced by ones that answer at once, since what they decide, and what is changed then, is no part of handing over. The
+rows after it put the rules back. Then the ways that were not taken, without service, rules and records.
 
 Where the two threads are matters more than anything else, so it is fixed: both on one CPU, where waking a thread is
 only a switch to it, or on two, where it is an interrupt to a CPU that sleeps (dear in a virtual machine). Left alone,

@@ -83,6 +83,33 @@ class _Bare(Way):
             back(1)
 
 
+class _Bells(Way):
+    """Two threads and two eventfds, which wake without the interpreter lock."""
+
+    label = "eventfd ping-pong"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._there, self._back = Bell(), Bell()
+
+    def call(self) -> None:
+        self._there.ring()
+        self._back.wait()
+
+    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        await trio.to_thread.run_sync(self._echo)
+
+    def _echo(self) -> None:
+        for _ in range(WARM_UP_TURNS + TURNS):
+            self._there.wait()
+            self._back.ring()
+
+    def close(self) -> None:
+        self._there.close()
+        self._back.close()
+
+
 # -- kvmd's service ----------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +360,7 @@ WAYS: tuple[type[Way], ...] = (
     _Service,
     _Spurious,
     _Converted,
+    _Bells,
     _FromThread,
     _Channel,
     _SoonChannel,
