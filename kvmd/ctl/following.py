@@ -13,7 +13,7 @@ from kvmd.ctl.sse import Event, Parser
 PASSING = frozenset({"stopping", "cut-off", "unreachable", "too-many-connections"})
 """What a daemon that is stopped, started or busy says, or does not say."""
 
-_FORGOTTEN = frozenset({"unknown-event", "header-too-large", "invalid-request"})
+FORGOTTEN = frozenset({"unknown-event", "header-too-large", "invalid-request"})
 """What a daemon says that has no use for the last event's id: of very many machines it does not fit in a header."""
 
 GIVE_UP_SECONDS = 60.0
@@ -153,7 +153,7 @@ class _Following:
         """Wait for the daemon to come back, or raise what nothing is gained by waiting for."""
         if self._seen_any and error.kind in PASSING:
             self._patience.lost(error)
-        elif self._seen_any and error.kind in _FORGOTTEN and self._parser.last_id is not None:
+        elif self._seen_any and error.kind in FORGOTTEN and self._parser.last_id is not None:
             # A daemon that has forgotten: the stream goes on from now.
             self._parser = Parser()
         else:

@@ -137,9 +137,18 @@ def test_events_of_one_machine_end_with_it(daemon: Daemon, guest: str) -> None:
 
 def test_an_id_that_never_was(kvmctl: Kvmctl, daemon: Daemon, guest: str) -> None:
     del daemon
-    outcome = kvmctl("events", guest, "--since", "never")
-    assert outcome.status == 120
-    assert "Last-Event-ID" in outcome.err
+    for arguments, whose in (((guest,), f"{guest}'s events"), ((), "all machines' events")):
+        outcome = kvmctl("events", *arguments, "--since", "never")
+        assert outcome.status == 120
+        assert f"--since: 'never' was never an id of {whose}" in outcome.err
+        outcome = kvmctl("events", *arguments, "--since", "1" * 15_001)
+        assert outcome.status == 120
+        assert f"1' was never an id of {whose}" in outcome.err
+        # Neither can be in a field of HTTP's.
+        for impossible in ("1\n2", "\u2192"):
+            outcome = kvmctl("events", *arguments, "--since", impossible)
+            assert outcome.status == 120
+            assert "is no id of an event" in outcome.err
 
 
 def test_a_reader_that_has_enough_ends_it_quietly(daemon: Daemon, guest: str) -> None:
