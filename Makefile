@@ -33,7 +33,7 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lab-test: $(READY) ## Run the tests that need private memory, in the lab
+lab-test: $(READY) ## In the lab, run the tests that need private memory, boot Linux, or need systemd
 	lab/setup
 	lab/test
 	$(MAKE) lab-linux
