@@ -65,7 +65,13 @@ Exit status: 0 after SIGTERM or SIGINT, or
     help="The folder that knows all machines; made where it is missing.",
 )
 @click.option(
-    "--drain", "drain_seconds", type=click.FloatRange(0), default=10.0, show_default=True, help="Seconds to finish in."
+    "--drain",
+    "drain_seconds",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Seconds that clients have at the end (api.drain_seconds may give requests fewer), and after them machines "
+    "that are stopped.",
 )
 @click.option("--stop-machines", is_flag=True, help="Stop all machines at the end; they go on otherwise.")
 @log_options
