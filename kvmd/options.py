@@ -53,7 +53,7 @@ def machine_options(command: _F) -> _F:
                 "--protection",
                 metavar="KIND",
                 help="Where private memory comes from: emulated, guest-memfd, none, or auto for the strongest that "
-                "this host offers.  [default: emulated]",
+                "this host offers.  [default: emulated; none for Linux]",
             ),
             click.option(
                 "--tripwire",
@@ -63,7 +63,7 @@ def machine_options(command: _F) -> _F:
             click.option(
                 "--initial",
                 type=click.Choice(["private", "shared"]),
-                help="The state that the guest's own memory starts in.  [default: private]",
+                help="The state that the guest's own memory starts in.  [default: private; shared for Linux]",
             ),
             click.option(
                 "--cpl", type=click.Choice([0, 3]), metavar="3|0", help="Privilege level of the guest.  [default: 3]"
