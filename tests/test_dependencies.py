@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("buffers", ("kvmd.nonblocking", "kvmd.log_buffer")),
     ("run gate", ("kvmd.run_gate",)),
     ("request channel", ("kvmd.request_channel",)),
-    ("wait watch", ("kvmd.wait_watch",)),
+    ("waiting", ("kvmd.wait_watch", "kvmd.bell")),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
     ("guests' networks", ("kvmd.network",)),
