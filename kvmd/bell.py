@@ -16,6 +16,18 @@ from kvmd.closing import Closing
 from kvmd.errors import BackendError
 
 
+def new_eventfd(flags: int) -> int:
+    """Return the descriptor of a new eventfd.
+
+    Raises:
+        BackendError: the process has no file descriptor left.
+    """
+    try:
+        return os.eventfd(0, flags)
+    except OSError as error:
+        raise BackendError(f"no eventfd for a thread to wait on: {error.strerror}; raise LimitNOFILE=") from error
+
+
 class Bell(Closing):
     """What one thread blocks on until another rings.
 
@@ -33,10 +45,7 @@ class Bell(Closing):
     __slots__ = ("_fd", "ring", "wait")
 
     def __init__(self) -> None:
-        try:
-            self._fd = os.eventfd(0, os.EFD_CLOEXEC)
-        except OSError as error:
-            raise BackendError(f"no eventfd for a thread to wait on: {error.strerror}; raise LimitNOFILE=") from error
+        self._fd = new_eventfd(os.EFD_CLOEXEC)
         self.ring: Callable[[], object] = partial(os.eventfd_write, self._fd, 1)
         # Not os.eventfd_read, which a signal ends.
         self.wait: Callable[[], object] = partial(os.read, self._fd, 8)

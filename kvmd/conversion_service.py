@@ -348,7 +348,13 @@ class ConversionService:
         """Make the access that came as MMIO, before any other change can move the page again."""
         if answer.stop is not None:
             return answer
-        return Answer(answer.outcome, answer.result, self._protection.access(request.to, access))
+        try:
+            data = self._protection.access(request.to, access)
+        except Exception as error:  # noqa: BLE001 - it must end the machine by this vCPU, and leave none unanswered
+            _log.exception("access-failed", gpa=hex(access.gpa), size=access.size)
+            stop = Stop.because(StopReason.BUG, f"a bug of kvmd's in a guest's access: {error!r}", vcpu=request.vcpu)
+            return Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=stop)
+        return Answer(answer.outcome, answer.result, data)
 
     def _record(self) -> None:
         """Write the records that were put off."""

@@ -33,7 +33,7 @@ from kvmd.devices.power import (
     keyboard_reset,
 )
 from kvmd.devices.uart16550 import Uart16550
-from kvmd.errors import ImageError, MachineStateError
+from kvmd.errors import BackendError, ImageError, MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
 from kvmd.guest_files import read_file
 from kvmd.hardware import Hardware
@@ -123,7 +123,12 @@ class Machine(Closing):
             implicit=ImplicitPolicy(spec.conversion.implicit),
         )
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
-        self._service = ConversionService(rules, hardware.protection, memory_lock=hardware.lock, ring=self.records)
+        try:
+            self._service = ConversionService(rules, hardware.protection, memory_lock=hardware.lock, ring=self.records)
+        except BackendError:  # no descriptors left
+            if self._devices is not None:
+                self._devices.close()
+            raise
         around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {

@@ -18,7 +18,8 @@ from typing import Generic, TypeVar
 
 import trio
 
-from kvmd.bell import Bell
+from kvmd.bell import Bell, new_eventfd
+from kvmd.errors import BackendError
 from kvmd.wait_watch import WaitWatch
 
 SOON_NS = 500_000
@@ -44,6 +45,9 @@ class RequestChannel(Generic[T]):
     Args:
         too_late: takes what is put after ``close``, in the thread that puts it.
         linger_seconds: a wait in ``linger`` ends after one to two of these.
+
+    Raises:
+        BackendError: the process has not two file descriptors left.
     """
 
     def __init__(self, too_late: Callable[[T], None], *, linger_seconds: float = LINGER_SECONDS) -> None:
@@ -56,7 +60,11 @@ class RequestChannel(Generic[T]):
         self._send_nowait, self._receive_nowait = self._send.send_nowait, self._receive.receive_nowait
         self._in_channel = 0
         self._taken = 0
-        self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._eventfd = new_eventfd(os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except BackendError:
+            self._bell.close()
+            raise
         self._signalled = False
         self._attended = False
         self._lingers = False
@@ -95,7 +103,8 @@ class RequestChannel(Generic[T]):
             os.eventfd_read(self._eventfd)
             self._signalled = False
             if not self._attended and (items := self._drain()):
-                self._pays |= time.monotonic_ns() - self._idle_since_ns < SOON_NS
+                if not self._closed:
+                    self._pays |= time.monotonic_ns() - self._idle_since_ns < SOON_NS
                 self._carry_over(items)
 
     # -- the event loop's thread: the receiver -------------------------------------------------------------------------
@@ -165,6 +174,8 @@ class RequestChannel(Generic[T]):
     def close(self) -> list[T]:
         """Let nothing in any more, and return what is there. Harmless the second time."""
         self._closed = True
+        # From now on who puts something takes it out again, so linger must wait for nothing.
+        self._pays = False
         items = self._drain()
         # What is on its way to a task that waits in receive() is in the count, and no longer in the channel.
         with suppress(trio.WouldBlock):

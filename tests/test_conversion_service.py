@@ -266,6 +266,34 @@ async def test_closing_answers_all_that_waits_and_all_that_comes() -> None:
     assert bench.state.state_of(pages(10, 100)) is SHARED
 
 
+async def test_an_access_that_fails_leaves_no_thread_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = build()
+
+    def fail(state: PageState, access: MmioAccess) -> bytes:
+        raise RuntimeError(f"{state.value} {access.gpa:#x}")
+
+    monkeypatch.setattr(bench.protection, "access", fail)
+    answers: dict[int, Answer] = {}
+
+    async def read(vcpu: int, page: int) -> None:
+        access = MmioAccess(page * PAGE_SIZE, 4, None)
+        answers[vcpu] = await bench.ask(request(vcpu, pages(page), PRIVATE, access=access))
+
+    # Settled together: nothing is to be changed.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, 0, 10)
+        nursery.start_soon(read, 1, 12)
+        await bench.until_requested(2)
+        async with running(bench):
+            while len(answers) < 2:
+                await trio.lowlevel.checkpoint()
+    stops = {vcpu: answer.stop for vcpu, answer in answers.items()}
+    assert {vcpu: stop and (stop.reason, stop.vcpu) for vcpu, stop in stops.items()} == {
+        0: (StopReason.BUG, 0),
+        1: (StopReason.BUG, 1),
+    }
+
+
 async def test_cancelling_the_service_leaves_no_thread_blocked() -> None:
     bench = build()
     answers: list[Answer] = []

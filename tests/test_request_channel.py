@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -9,6 +11,7 @@ import pytest
 import trio
 
 from kvmd import request_channel
+from kvmd.errors import BackendError
 from kvmd.request_channel import RequestChannel
 from kvmd.wait_watch import WaitWatch
 
@@ -193,6 +196,35 @@ async def test_where_nothing_can_end_a_wait_there_is_none(
     assert channel.linger() == []
     channel.put(6)
     assert await channel.receive() == [6]
+
+
+async def test_after_the_end_there_is_nothing_to_linger_for(
+    channel: RequestChannel[int], late: Late, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
+    nursery.start_soon(channel.carry)
+    await make_it_pay(channel)
+    channel.attend()
+    assert channel.close() == []
+    monkeypatch.setattr(WaitWatch, "resume", lambda _watch: pytest.fail("it waits"))
+    assert channel.linger() == []
+    channel.put(1)
+    assert (channel.linger(), late.items) == ([], [1])
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_without_two_descriptors_it_says_what_to_raise_and_keeps_none(left: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + left, hard))
+    try:
+        with pytest.raises(BackendError, match=r"no eventfd .* Too many open files; raise LimitNOFILE="):
+            RequestChannel[int](lambda _item: None)
+        if left:
+            os.close(os.dup(0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_lingering_never_waits_while_something_is_in_the_trio_channel(

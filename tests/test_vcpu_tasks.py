@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Callable
 
@@ -119,6 +121,20 @@ async def test_a_backend_failure_is_a_stop_with_its_message() -> None:
 
     stop = await Rig(fail).tasks.run()
     assert (stop.reason, stop.message, stop.vcpu) == (StopReason.BACKEND_FAILED, "KVM_RUN: Input/output error", 0)
+
+
+async def test_a_vcpu_without_a_descriptor_to_wait_at_is_a_stop_that_says_what_to_raise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_value: int, _flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    rig = Rig(lambda _: leave(0), lambda _: leave(0))
+    monkeypatch.setattr(os, "eventfd", fail)
+    stop = await rig.tasks.run()
+    assert stop.reason is StopReason.BACKEND_FAILED
+    assert stop.message.endswith("Too many open files; raise LimitNOFILE=")
+    assert all(vcpu.released.is_set() for vcpu in rig.vcpus)
 
 
 async def test_a_bug_in_a_vcpu_thread_ends_its_machine_not_the_process() -> None:

@@ -7,6 +7,7 @@ that it looks at. Here both are done by the time that somebody waits for the mac
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,20 @@ from kvmd.machine_process.process import Inheritance
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT
 
 _GO = b"be"
+
+
+def open_child(pid: int) -> int:
+    """Return a descriptor of a child that was forked just now; where there is none, nothing is left of the child.
+
+    Raises:
+        OSError: the process has no file descriptor left.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 class Spare:
@@ -38,12 +53,16 @@ class Spare:
 
     def __init__(self, be: Callable[[Callable[[], Inheritance | None]], NoReturn]) -> None:
         self._link, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its:
-            self.pid = os.fork()
-            if self.pid == 0:
-                self._link.close()
-                be(partial(_wait, its))
-        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            with its:
+                self.pid = os.fork()
+                if self.pid == 0:
+                    self._link.close()
+                    be(partial(_wait, its))
+            self.pidfd = open_child(self.pid)
+        except OSError:
+            self._link.close()
+            raise
 
     def become(self, inherited: Inheritance) -> bool:
         """Let it be that machine; false where it has been killed, and is to be dismissed."""
@@ -61,8 +80,10 @@ class Spare:
         os.close(self.pidfd)
 
     def dismiss(self) -> None:
-        """Let it end, and reap it."""
+        """End it, and reap it."""
         self._link.close()
+        # It would end by itself, but not while somebody has stopped it.
+        os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self.pidfd)
 

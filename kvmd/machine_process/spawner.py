@@ -30,7 +30,7 @@ from kvmd.machine import Machine
 from kvmd.machine_process.folder import END, EXIT, EndFile, ExitFile, MachineFolder
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, live
-from kvmd.machine_process.spare import Spare
+from kvmd.machine_process.spare import Spare, open_child
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Reaped, Spawn, Spawned
 from kvmd.machine_process.warming import warm
 from kvmd.stop import ExitStatus
@@ -65,7 +65,7 @@ class Spawner:
         """Serve until the daemon has gone, and the last child too."""
         poll = select.poll()
         poll.register(self._link, select.POLLIN)
-        linked = True
+        linked, link = True, self._link.fileno()
         while linked or self._children:
             wants_spare = linked and self._keeps_spare and self._spare is None
             ready = poll.poll(SPARE_AFTER_MS if wants_spare else None)
@@ -79,7 +79,8 @@ class Spawner:
                     # Somebody killed it: from now on machines are forked when they are asked for.
                     self._keeps_spare = False
                     self._dismiss_spare(poll)
-                elif not self._serve_one(poll):
+                elif linked and fd == link and not self._serve_one(poll):
+                    # In the same turn the spare may have ended: that is not to be heeded any more.
                     linked = False
                     poll.unregister(self._link)
                     self._link.close()
@@ -118,7 +119,7 @@ class Spawner:
         pid = os.fork()
         if pid == 0:
             self._be_child(lambda: inherited)
-        return _Child(pid, os.pidfd_open(pid), inherited.folder)
+        return _Child(pid, open_child(pid), inherited.folder)
 
     def _make_spare(self, poll: select.poll) -> None:
         try:

@@ -16,7 +16,7 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
-from kvmd.errors import ConfigError, HostError, ImageError, KvmdError
+from kvmd.errors import BackendError, ConfigError, HostError, ImageError, KvmdError
 from kvmd.machine import Machine
 from kvmd.network.own_thread import in_own_thread
 from kvmd.network.tap import Tap
@@ -244,6 +244,22 @@ def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
     with pytest.raises(error, match=part):
         host.open(bzimage(), **keys)
     assert sorted(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_a_machine_without_a_conversion_service_leaves_no_devices(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_flags: int) -> int:
+        raise BackendError("no eventfd")
+
+    (tmp_path / "disk").write_bytes(bytes(1024))
+    keys = {"disks": [{"path": "disk"}], "entropy": True}
+    monkeypatch.setattr("kvmd.bell.new_eventfd", fail)
+    with pytest.raises(BackendError, match="no eventfd"):
+        host.open(bzimage(), **keys)
+    monkeypatch.undo()
+    # The disk is not locked any more.
+    host.open(bzimage(), **keys).close()
 
 
 @own_network
