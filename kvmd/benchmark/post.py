@@ -69,7 +69,8 @@ def measure(options: Options) -> Report:
         "both guests print through a 16550 at once, QEMU's from its reset vector, kvmd's (builtin:hello, 64 MiB) after "
         "its start-up code, so the first output comes some milliseconds after the first instruction; kvmd was told to "
         "create, start and show a console in three requests, its daemon ran already; QEMU is timed from its exec. A "
-        "fork: without systemd; a process that waited: as in a unit of systemd's, which started it before the POST"
+        "fork: without systemd, made since the machine before; a process that waited: as in a unit of systemd's, which "
+        "started it before the POST"
     )
     return report
 

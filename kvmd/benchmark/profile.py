@@ -29,6 +29,9 @@ _LINE_NUMBER = re.compile(r":\d+\)")
 _THREADS = {"service": "ConversionService.run ", "vCPU": "VcpuThread.main "}
 """Threads, each with the function that its conversions happen under."""
 
+_WAITS = ("RequestChannel.linger ", "ConversionService.request ")
+"""Where the two wait for each other, at a bell: py-spy takes a thread that is blocked in read(2) for one that works."""
+
 
 def measure(options: Options) -> Report:
     """Profile one run for a table, and one for a flame graph."""
@@ -49,7 +52,8 @@ def measure(options: Options) -> Report:
     report.figures["own_time"] = {f"{thread}: {function}": share for (thread, function), share in shares.items()}
     report.notes.append(
         f"pingpong, 1 vCPU, 16 pages, {rounds} rounds; {_RATE} samples a second; own time, without what a function "
-        f"calls, of all samples of these threads together; the flame graph is in {graph.relative_to(folder.parent)}"
+        f"calls, of all samples of these threads together but those of their waits for each other (`linger`, "
+        f"`request`), which the flame graph shows, too: {graph.relative_to(folder.parent)}"
     )
     return report
 
@@ -80,14 +84,14 @@ def own_time(lines: Iterable[str]) -> dict[tuple[str, str], float]:
 
     Args:
         lines: stacks, outermost first, separated by ``;``, each with its number of samples after a blank. What is not
-            under one of ``_THREADS`` is left out: imports, setting up, taking down.
+            under one of ``_THREADS`` is left out (imports, setting up, taking down), and so are the waits of these.
     """
     samples: Counter[tuple[str, str]] = Counter()
     for line in lines:
         stack, _, count = line.rpartition(" ")
         for thread, root in _THREADS.items():
             frames = stack.split(";")
-            if any(frame.startswith(root) for frame in frames):
+            if any(frame.startswith(root) for frame in frames) and not frames[-1].startswith(_WAITS):
                 samples[thread, without_line(frames[-1])] += int(count)
     total = samples.total()
     return {key: number / total for key, number in samples.most_common()}

@@ -10,6 +10,8 @@ thread (1): MainThread;run (trio/_core/_run.py:9);ConversionService.run (kvmd/co
 thread (1): MainThread;run (trio/_core/_run.py:9);ConversionService.run (kvmd/conversion_service.py:130);f (a.py:7) 20
 thread (1): MainThread;run (trio/_core/_run.py:9);ConversionService.run (kvmd/conversion_service.py:128) 10
 thread (2): main;VcpuThread.main (kvmd/vcpu_tasks.py:47);Vcpu.run (kvmd/kvm/vcpu.py:1) 40
+thread (1): MainThread;ConversionService.run (kvmd/conversion_service.py:9);RequestChannel.linger (kvmd/r.py:1) 70
+thread (2): main;VcpuThread.main (kvmd/vcpu_tasks.py:47);ConversionService.request (kvmd/conversion_service.py:5) 60
 thread (1): MainThread;import_module (importlib/__init__.py:126) 900
 """
 
