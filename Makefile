@@ -33,15 +33,17 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The lab cannot keep bytecode, and takes minutes to make it.
 lab-test: $(READY) ## In the lab, run the tests that need private memory, boot Linux, or need systemd
 	lab/setup
+	$(BIN)/python -m compileall -q kvmd tests
 	lab/test
 	$(MAKE) lab-linux
 	$(MAKE) lab-systemd
 
 LINUX_TESTS = tests/lab/test_linux_guest.py tests/lab/test_linux.py tests/lab/test_guest_devices.py
 
-# On one of the lab's processors: lab/README.md, Traps. The lab cannot keep bytecode, and takes minutes to make it.
+# On one of the lab's processors: lab/README.md, Traps.
 lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's
 	lab/setup
 	$(BIN)/python -m tests.linux_guest.debian
