@@ -7,6 +7,7 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import KW_ONLY, dataclass
 
@@ -60,6 +61,16 @@ class Inheritance:
     listening: int
     birth: int | None
     files: tuple[int, ...]
+
+    @classmethod
+    def received(cls, descriptors: Sequence[int]) -> Inheritance:
+        """Return what came over a socket, in the order of the attributes; somebody waits for the birth then.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        folder, listening, birth, *files = descriptors
+        return cls(folder, listening, birth, tuple(files))
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,8 +94,7 @@ def _wait(link: socket.socket) -> Inheritance | None:
     with link, suppress(OSError):
         data, fds, _, _ = socket.recv_fds(link, len(_GO), DESCRIPTORS_LIMIT)
         if data:
-            folder, listening, birth, *files = fds
-            return Inheritance(folder, listening, birth, tuple(files))
+            return Inheritance.received(fds)
     return None
 
 

@@ -96,8 +96,7 @@ class Spawner:
             return False
         try:
             number = msgspec.msgpack.decode(data, type=Spawn).number
-            folder, listening, birth, *files = fds
-            child = self._fork(Inheritance(folder, listening, birth, tuple(files)))
+            child = self._fork(Inheritance.received(fds))
         except (msgspec.MsgspecError, OSError, ValueError) as error:
             for fd in fds:
                 os.close(fd)

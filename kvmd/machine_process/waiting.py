@@ -66,5 +66,4 @@ def _given(daemon: socket.socket, manager: ServiceManager) -> tuple[Become, Inhe
         return None
     if not data:
         return None
-    folder, listening, birth, *files = fds
-    return msgspec.msgpack.decode(data, type=Become), Inheritance(folder, listening, birth, tuple(files))
+    return msgspec.msgpack.decode(data, type=Become), Inheritance.received(fds)
