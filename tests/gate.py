@@ -41,6 +41,7 @@ class Facility(enum.Enum):
     SOFTWARE = "KVMD_TEST_SOFTWARE"
     NETWORK = "KVMD_TEST_NETWORK"
     ACPI = "KVMD_TEST_ACPI"
+    SHELLCHECK = "KVMD_TEST_SHELLCHECK"
     SYSTEMD = "KVMD_TEST_SYSTEMD"
     LINUX = "KVMD_TEST_LINUX"
 
@@ -159,6 +160,12 @@ def missing_iasl() -> str | None:
 
 
 @cache
+def missing_shellcheck() -> str | None:
+    """Return why scripts cannot be checked, or None."""
+    return None if shutil.which("shellcheck") else "there is no shellcheck"
+
+
+@cache
 def missing_systemd() -> str | None:
     """Return why no systemd can be booted in namespaces here, or None.
 
@@ -174,6 +181,7 @@ def missing_systemd() -> str | None:
 
 _MISSING: dict[Facility, Callable[[], str | None]] = {
     Facility.ACPI: missing_iasl,
+    Facility.SHELLCHECK: missing_shellcheck,
     Facility.KVM: missing_kvm,
     Facility.PRIVATE_MEMORY: missing_private_memory,
     Facility.COMPILER: missing_compiler,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gate import Facility, require_whole
+
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ("run", "test", "setup", "build-kernel", "kernel")
 UTILITIES = (
@@ -405,9 +407,12 @@ def test_the_tests_of_the_lab_are_there() -> None:
 
 @pytest.fixture
 def ci(bench: Bench) -> Bench:
-    """Return a bench with CI's script, whose make writes down what it is asked."""
+    """Return a bench with CI's script and the tools of the tests, whose make and apt write down what they are asked."""
     shutil.copytree(REPOSITORY / ".ci", bench.repository / ".ci")
-    bench.stand_in("make", RECORD)
+    for name in ("make", "apt-get"):
+        bench.stand_in(name, RECORD)
+    for name in ("iasl", "shellcheck"):
+        bench.stand_in(name, "")
     return bench
 
 
@@ -432,6 +437,16 @@ def test_ci_does_without_the_lab_where_there_is_no_kernel_and_says_so(ci: Bench)
     assert ended.status == 0
     assert "no kernel: build one" in ended.err
     assert ci.seen.splitlines() == USUAL
+
+
+def test_ci_installs_what_the_tests_need_and_only_that(ci: Bench) -> None:
+    ci.without("iasl")
+    assert ci.call("../.ci/run").status == 0
+    assert ci.seen.splitlines() == [
+        "apt-get update -qq",
+        "apt-get install -qq -y --no-install-recommends acpica-tools",
+        *USUAL,
+    ]
 
 
 def test_ci_fails_over_a_kernel_that_is_named_and_not_there(ci: Bench) -> None:
@@ -617,9 +632,9 @@ def test_a_release_without_a_kernel_new_enough_is_told_with_the_remedy(builder: 
 def test_a_script_can_be_run_and_has_no_fault_that_shellcheck_knows(script: str) -> None:
     path = REPOSITORY / "lab" / script
     assert os.access(path, os.X_OK)
+    require_whole(Facility.SHELLCHECK)
     shellcheck = shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("there is no shellcheck")
+    assert shellcheck is not None
     found = subprocess.run(  # noqa: S603  shellcheck, on a file of ours
         [shellcheck, "-x", path], check=False, capture_output=True, text=True, cwd=REPOSITORY
     )

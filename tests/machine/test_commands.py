@@ -14,6 +14,7 @@ import trio
 from kvmd import accelerator, software_hardware
 from kvmd.errors import ConfigError, HostError, ImageError, MachineStateError
 from kvmd.guests import GUESTS
+from kvmd.kvm.system import Kvm
 from kvmd.machine import Machine
 from kvmd.spec import MachineSpec
 from kvmd.stop import ExitStatus, Stop, StopReason
@@ -162,12 +163,17 @@ def spec(**changes: object) -> MachineSpec:
     [
         ({"vcpus": 4096}, ConfigError, "this host's KVM allows at most"),
         ({"memory": 30 * TIB}, HostError, "ask for less"),
-        ({"memory": 64 * TIB}, ConfigError, "memory"),
     ],
 )
 def test_what_kvm_does_not_have_is_said(changes: dict[str, object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         Machine.open(spec(accelerator="kvm", **changes))
+
+
+def test_memory_that_the_processor_has_no_addresses_for_is_refused(kvm: Kvm) -> None:
+    # With 47 bits and more it is the spec that refuses it, for any host.
+    with pytest.raises(ConfigError, match="memory"):
+        Machine.open(spec(accelerator="kvm", memory=1 << kvm.physical_address_bits()))
 
 
 @pytest.mark.software
