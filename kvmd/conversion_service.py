@@ -21,6 +21,7 @@ import trio
 from kvmd.bell import Bell
 from kvmd.conversion.changes import Change, Failure, FailureKind, Ticket
 from kvmd.conversion.messages import CONVERTED, DONE, Answer, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.rate_limit import RateLimit
 from kvmd.conversion.record import ConversionRecord
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
@@ -63,6 +64,7 @@ class ConversionService:
         protection: makes changes real.
         memory_lock: held while memory changes hands, and by whoever reads guest memory for the host.
         ring: takes a record of every answer.
+        rate: counts every change; None where there is no limit.
 
     Attributes:
         sequence: the number of changes so far: read before KVM_RUN, it tells how old a fault is.
@@ -75,12 +77,14 @@ class ConversionService:
         *,
         memory_lock: threading.Lock,
         ring: RecordRing,
+        rate: RateLimit | None = None,
     ) -> None:
         self._rules = rules
         self.sequence = rules.sequence
         self._protection = protection
         self._memory_lock = memory_lock
         self._ring = ring
+        self._rate = rate
         self._channel: RequestChannel[Ticket] = RequestChannel(self._answer_late)
         self._closed: Stop | None = None
         self._apart = False
@@ -236,6 +240,8 @@ class ConversionService:
         """
         with self._memory_lock:
             started_ns = _now_ns()
+            if self._rate is not None:
+                self._rate.count(started_ns)
             outcome = self._apply(change)
             alone = change.alone
             if alone is not None and outcome.failure is None:
@@ -258,6 +264,8 @@ class ConversionService:
         """Make a change that may be one chunk of many. Where the machine ends meanwhile, nobody is answered here."""
         with self._memory_lock:
             started_ns = time.monotonic_ns()
+            if self._rate is not None:
+                self._rate.count(started_ns)
             outcome = self._apply(change)
             applied = self._commit(change, outcome, started_ns, time.monotonic_ns())
             if applied is not None:

@@ -15,6 +15,7 @@ from kvmd.bell import Bell
 from kvmd.conversion.hypercall import KVM_HC_MAP_GPA_RANGE, explicit_request
 from kvmd.conversion.livelock import LivelockWatch
 from kvmd.conversion.messages import CONVERTED, IMPLICIT, Answer, ConversionRequest, GuestResult, MmioAccess
+from kvmd.conversion.rate_limit import RateLimit
 from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.devices.power import EndSwitch, GuestEnd
@@ -110,6 +111,7 @@ class VcpuSurroundings:
         devices: answers MMIO; none in a payload's machine.
         switch: notes how the guest ends its machine. Where there is one, a Linux guest's, the payload's own ports mean
             nothing.
+        rate: how fast the machine may convert; None where there is no limit.
     """
 
     service: Converter
@@ -118,6 +120,7 @@ class VcpuSurroundings:
     mmio: MmioCounter
     devices: MmioBus | None = None
     switch: EndSwitch | None = None
+    rate: RateLimit | None = None
 
 
 class ExitHandler:
@@ -127,6 +130,9 @@ class ExitHandler:
         vcpu: the handle; its thread is the caller's.
         around: what it shares with the other vCPUs.
         bell: what its thread waits at for answers; closed by the caller.
+
+    Attributes:
+        due_ns: the time, on the monotonic clock, before which the vCPU is not to enter the guest; 0 for now.
     """
 
     def __init__(self, vcpu: Vcpu, around: VcpuSurroundings, bell: Bell) -> None:
@@ -138,7 +144,9 @@ class ExitHandler:
         self._mmio = around.mmio
         self._devices = around.devices
         self._switch = around.switch
+        self._rate = around.rate
         self._bell = bell
+        self.due_ns = 0
         self._watch: LivelockWatch[Registers] = LivelockWatch(vcpu.registers)
         self._entered_at = 0
         self._fetch_retries = 0
@@ -182,6 +190,8 @@ class ExitHandler:
         # By position, which takes half the time; True: what a fault asks for is never malformed.
         request = ConversionRequest(self._index, IMPLICIT, gpa, fault.size, to, self._entered_at, True)  # noqa: FBT003
         answer = self._service.request(request, self._bell)
+        if self._rate is not None:
+            self.due_ns = self._rate.due_ns
         if answer.stop is not None:
             return self._with_registers(self._diagnosed(answer.stop, gpa, fault.size, to))
         # A stale or spurious fault only lost a race, which says nothing of its instruction.
@@ -314,10 +324,16 @@ class ExitHandler:
 
     def _implicit(self, gpa: int, size: int, to: PageState, access: MmioAccess | None = None) -> Answer:
         request = ConversionRequest(self._index, IMPLICIT, gpa, size, to, self._entered_at, access=access)
-        return self._service.request(request, self._bell)
+        return self._ask(request)
 
     def _explicit(self, arguments: tuple[int, int, int]) -> Answer:
-        return self._service.request(explicit_request(self._vcpu.index, arguments, self._entered_at), self._bell)
+        return self._ask(explicit_request(self._vcpu.index, arguments, self._entered_at))
+
+    def _ask(self, request: ConversionRequest) -> Answer:
+        answer = self._service.request(request, self._bell)
+        if self._rate is not None:
+            self.due_ns = self._rate.due_ns
+        return answer
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import trio
 from kvmd.accelerator import open_hardware, open_linux_hardware
 from kvmd.closing import Closing
 from kvmd.conversion.changes import ImplicitPolicy, Limits
+from kvmd.conversion.rate_limit import RateLimit
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
@@ -122,14 +123,17 @@ class Machine(Closing):
             segments=spec.conversion.max_ranges,
             implicit=ImplicitPolicy(spec.conversion.implicit),
         )
+        rate = None if spec.conversion.rate is None else RateLimit(spec.conversion.rate)
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
         try:
-            self._service = ConversionService(rules, hardware.protection, memory_lock=hardware.lock, ring=self.records)
+            self._service = ConversionService(
+                rules, hardware.protection, memory_lock=hardware.lock, ring=self.records, rate=rate
+            )
         except BackendError:  # no descriptors left
             if self._devices is not None:
                 self._devices.close()
             raise
-        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch)
+        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch, rate)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
             "vcpus": spec.vcpus,
@@ -240,6 +244,11 @@ class Machine(Closing):
     def held_bytes(self) -> int:
         """Return how much of the host's memory the shared side of the guest's takes up."""
         return self._hardware.shared.held_bytes()
+
+    @property
+    def held_back_us(self) -> int:
+        """How long vCPUs were kept out of the guest by ``conversion.rate``, all together, in microseconds."""
+        return self._gate.held_back_ns // 1000
 
     def memory_map(self) -> list[tuple[GpaRange, PageState]]:
         """Return the state of all memory, as the fewest ranges, in order."""

@@ -20,6 +20,11 @@ def log_end(machine: Runnable, stop: Stop, log: structlog.typing.FilteringBoundL
     if machine.mmio.unclaimed:
         addresses = [hex(gpa) for gpa in machine.mmio.unclaimed_addresses]
         log.warning("addresses-unclaimed", accesses=machine.mmio.unclaimed, first_gpas=addresses)
+    if machine.held_back_us:
+        seconds = round(machine.held_back_us / 1e6, 3)
+        log.warning(
+            "conversions-held-back", vcpu_seconds=seconds, by=f"conversion.rate = {machine.spec.conversion.rate}"
+        )
     quiet = stop.reason in {
         StopReason.GUEST_EXIT,
         StopReason.GUEST_POWER_OFF,

@@ -62,6 +62,8 @@ class RunGate:
         self._quiescing = 0
         self._paused = False
         self._stopping = False
+        self.held_back_ns = 0
+        """How long vCPUs were kept out of the guest by ``hold_back``, all together."""
 
     # -- the vCPU threads' side ----------------------------------------------------------------------------
 
@@ -111,6 +113,19 @@ class RunGate:
             seat.parked = False
             return False
 
+    def hold_back(self, until_ns: int) -> bool:
+        """Keep the caller's vCPU out of the guest until then, on the monotonic clock.
+
+        Returns false where a pause or the machine's end came first: the caller asks again after ``wait``.
+        """
+        with self._changed:
+            started_ns = now_ns = time.monotonic_ns()
+            while now_ns < until_ns and not (self._paused or self._stopping):
+                self._changed.wait((until_ns - now_ns) / 1e9)
+                now_ns = time.monotonic_ns()
+            self.held_back_ns += now_ns - started_ns
+            return now_ns >= until_ns
+
     # -- the commanding side -------------------------------------------------------------------------------
 
     def kick_all(self) -> None:
@@ -145,6 +160,7 @@ class RunGate:
             self.hold = True
             self._kick_inside()
             self._note_parked()
+            self._changed.notify_all()
 
     def resume(self) -> None:
         """Let the vCPUs in again."""

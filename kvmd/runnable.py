@@ -64,5 +64,9 @@ class Runnable(Stoppable, Protocol):
     async def run(self) -> Stop:
         """Run the guest to its end."""
 
+    @property
+    def held_back_us(self) -> int:
+        """How long vCPUs were kept out of the guest by ``conversion.rate``, all together, in microseconds."""
+
     def memory_map(self) -> list[tuple[GpaRange, PageState]]:
         """Return the state of all memory, as the fewest ranges, in order."""

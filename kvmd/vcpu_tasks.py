@@ -56,6 +56,8 @@ class VcpuThread:
         gate, seat, vcpu, service, answer = self._gate, self._seat, self._vcpu, self._around.service, handler.answer
         completing, complete = False, Next.COMPLETE
         while True:
+            if handler.due_ns and gate.hold_back(handler.due_ns):
+                handler.due_ns = 0
             # Inside first, then the look at the gate: see kvmd.run_gate for the order.
             seat.inside = True
             if gate.hold:

@@ -13,6 +13,7 @@ import trio
 from kvmd.bell import Bell
 from kvmd.conversion.changes import Failure, FailureKind, Limits
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.rate_limit import RateLimit
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
@@ -50,13 +51,13 @@ class Bench:
             await trio.lowlevel.checkpoint()
 
 
-def build(limits: Limits | None = None, memory_pages: int = MEMORY_PAGES) -> Bench:
+def build(limits: Limits | None = None, memory_pages: int = MEMORY_PAGES, rate: RateLimit | None = None) -> Bench:
     """Build a service that is not running yet."""
     state = PageStateMap(memory_pages * PAGE_SIZE, PRIVATE)
     rules = ConversionRules(state, pinned=pages(0, PINNED_PAGES), limits=limits or Limits())
     protection = RecordingProtection(memory_pages * PAGE_SIZE)
     lock, ring = threading.Lock(), RecordRing()
-    service = ConversionService(rules, protection, memory_lock=lock, ring=ring)
+    service = ConversionService(rules, protection, memory_lock=lock, ring=ring, rate=rate)
     return Bench(service, protection, state, rules, ring, ConversionStats(ring.reader()), lock)
 
 
@@ -85,6 +86,27 @@ async def test_a_fault_is_applied_then_discarded_then_answered_and_recorded() ->
         assert record.waiting_ns >= 0
         assert record.applying_ns > 0
         assert bench.stats.snapshot().conversions == 1
+
+
+class CountingRate(RateLimit):
+    """A rate that is never reached, and counts."""
+
+    counted = 0
+
+    def count(self, now_ns: int) -> None:  # noqa: ARG002 - the clock is not looked at
+        self.counted += 1
+
+
+async def test_each_change_counts_once_and_what_changes_nothing_does_not() -> None:
+    rate = CountingRate(1)
+    large = INLINE_PAGES + 4
+    async with running(build(Limits(chunk_bytes=large * PAGE_SIZE), memory_pages=256, rate=rate)) as bench:
+        await bench.ask(request(0, pages(10), SHARED))
+        await bench.ask(request(0, pages(10), SHARED))
+        assert rate.counted == 1
+        whole = request(0, pages(50, 3 * large), SHARED, cause=Cause.EXPLICIT)
+        assert (await bench.ask(whole)).outcome is Outcome.CONVERTED
+        assert rate.counted == 4
 
 
 async def test_opposite_directions_are_one_critical_section_each() -> None:

@@ -9,6 +9,7 @@ import pytest
 from kvmd.bell import Bell
 from kvmd.conversion.livelock import FIRST_SAMPLE, SAMPLE_EVERY, STUCK_AFTER
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.rate_limit import RateLimit
 from kvmd.devices.console import ConsoleOutput
 from kvmd.devices.mmio import MmioBus, MmioCounter
 from kvmd.devices.ports import PortBus
@@ -64,7 +65,7 @@ class ScriptedService:
 class Rig:
     """A handler with everything around it."""
 
-    def __init__(self, *answers: Answer) -> None:
+    def __init__(self, *answers: Answer, rate: RateLimit | None = None) -> None:
         self.service = ScriptedService(list(answers))
         self.console = ConsoleOutput()
         self.ports = PortBus()
@@ -73,7 +74,7 @@ class Rig:
         self.vcpu = FakeVcpu(2, lambda vcpu: vcpu.spin())
         self.vcpu.current = Registers(rip=0x100040, rax=12)
         self.protection = RecordingProtection(MEMORY)
-        around = VcpuSurroundings(self.service, self.protection, self.ports, self.mmio)
+        around = VcpuSurroundings(self.service, self.protection, self.ports, self.mmio, rate=rate)
         self.handler = ExitHandler(self.vcpu, around, BELL)
 
     def answer(self, exit_: Exit) -> object:
@@ -101,6 +102,32 @@ def test_a_fault_becomes_a_request_without_the_c_bit() -> None:
             vcpu=2, cause=Cause.IMPLICIT, gpa=PAGE, size_bytes=PAGE_SIZE, to=PageState.PRIVATE, entered_at=7
         )
     ]
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        MemoryFault(PAGE, PAGE_SIZE, private=False),
+        Mmio(PAGE, 4, is_write=True, data=b"abcd"),
+        Hypercall(12, (PAGE, 1, 0)),
+        out(0xC2, b"\x0c"),
+    ],
+)
+def test_who_asks_is_due_when_the_machine_is(asking: Exit) -> None:
+    rate = RateLimit(1)
+    rig = Rig(rate=rate)
+    rig.vcpu.current = Registers(rbx=PAGE, rcx=1)
+    rig.answer(out(0x3F8, b"x"))
+    rate.count(5_000_000_000)
+    assert rig.handler.due_ns == 0, "who asks for nothing is never held back"
+    rig.answer(asking)
+    assert rig.handler.due_ns == rate.due_ns > 5_000_000_000
+
+
+def test_without_a_rate_nobody_is_held_back() -> None:
+    rig = Rig()
+    rig.answer(MemoryFault(PAGE, PAGE_SIZE, private=False))
+    assert rig.handler.due_ns == 0
 
 
 def test_an_answer_that_stops_the_machine_ends_the_thread() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import cast
 
@@ -219,6 +220,52 @@ def rig() -> Iterator[Rig]:
     found = Rig()
     yield found
     found.end()
+
+
+# -- holding back ----------------------------------------------------------------------------------------------
+
+LATER_NS = 1 << 62
+"""Beyond the end of any test."""
+
+
+def hold_back(rig: Rig, until_ns: int) -> tuple[threading.Thread, list[bool]]:
+    """Hold a thread back, and return it and where it puts what it was told."""
+    told: list[bool] = []
+    thread = threading.Thread(target=lambda: told.append(rig.gate.hold_back(until_ns)))
+    thread.start()
+    return thread, told
+
+
+def test_who_is_held_back_goes_on_when_its_time_has_come(rig: Rig) -> None:
+    assert rig.gate.hold_back(time.monotonic_ns())
+    assert rig.condition.waits == 0
+    until_ns = time.monotonic_ns() + 2_000_000
+    assert rig.gate.hold_back(until_ns)
+    assert time.monotonic_ns() >= until_ns
+    assert rig.gate.held_back_ns > 0
+
+
+@pytest.mark.parametrize("command", [RunGate.pause, RunGate.stop])
+def test_a_pause_or_a_stop_comes_before_its_time(rig: Rig, command: Callable[[RunGate], None]) -> None:
+    thread, told = hold_back(rig, LATER_NS)
+    rig.condition.await_waits(1)
+    command(rig.gate)
+    thread.join(WATCHDOG_SECONDS)
+    assert told == [False]
+    # As long as that lasts, nobody is held back anew.
+    assert not rig.gate.hold_back(LATER_NS)
+
+
+def test_a_moment_in_which_all_are_out_does_not_shorten_it(rig: Rig) -> None:
+    thread, told = hold_back(rig, LATER_NS)
+    rig.condition.await_waits(1)
+    with rig.gate.quiesce():
+        pass
+    rig.condition.await_waits(2)
+    assert not told
+    rig.gate.stop()
+    thread.join(WATCHDOG_SECONDS)
+    assert told == [False]
 
 
 # -- quiesce -------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def test_everything_can_be_written(tmp_path: Path) -> None:
         chunk = 4096
         no_progress_limit = 3
         max_ranges = 10
+        rate = 500
         """,
     )
     assert load_spec(path) == MachineSpec(
@@ -74,7 +75,7 @@ def test_everything_can_be_written(tmp_path: Path) -> None:
         initial="shared",
         cpl=0,
         arguments=(1, 2**64 - 1),
-        conversion=ConversionSpec(chunk=4096, no_progress_limit=3, max_ranges=10),
+        conversion=ConversionSpec(chunk=4096, no_progress_limit=3, max_ranges=10, rate=500),
     )
 
 
@@ -193,6 +194,9 @@ def test_the_name_is_made_of_the_image(image: str, name: str) -> None:
         ({"conversion": {"chunk": "x"}}, ["conversion.chunk: 'x' is not a size"]),
         ({"conversion": {"no_progress_limit": 0}}, ["conversion.no_progress_limit: 0", "from 1"]),
         ({"conversion": {"max_ranges": "many"}}, ["conversion.max_ranges: 'many'", "16777216"]),
+        ({"conversion": {"rate": 0}}, ["conversion.rate: 0", "1 to 1000000"]),
+        ({"conversion": {"rate": 1_000_001}}, ["conversion.rate: 1000001"]),
+        ({"conversion": {"rate": "fast"}}, ["conversion.rate: 'fast'"]),
         ({"limits": 3}, ["limits: 3", "[limits]"]),
         ({"limits": {"cpu": 1}}, ["unknown key limits.cpu (did you mean cpus?)", "memory, cpus, tasks"]),
         ({"limits": {"memory": "63M"}}, ["limits.memory: 66060288", "from 64 MiB", "guest memory included"]),

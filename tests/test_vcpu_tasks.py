@@ -13,14 +13,15 @@ import trio
 from kvmd import run_gate, vcpu_tasks
 from kvmd.bell import Bell
 from kvmd.conversion.messages import Answer, ConversionRequest, Outcome
+from kvmd.conversion.rate_limit import RateLimit
 from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.errors import BackendError
 from kvmd.exit_handler import EXIT_PORT, VcpuSurroundings
-from kvmd.hv.exits import Exit, Interrupted, PortIo, Shutdown
+from kvmd.hv.exits import Exit, Interrupted, MemoryFault, PortIo, Shutdown
 from kvmd.hv.vcpu import Vcpu
 from kvmd.stop import Stop, StopReason
-from kvmd.units import MIB
+from kvmd.units import MIB, PAGE_SIZE
 from kvmd.vcpu_tasks import VcpuTasks
 from tests.fakes import FakeVcpu, RecordingProtection
 
@@ -47,12 +48,12 @@ def leave(status: int) -> PortIo:
 class Rig:
     """vCPUs behind a gate, and what the tasks told their surroundings."""
 
-    def __init__(self, *guests: Callable[[FakeVcpu], Exit]) -> None:
+    def __init__(self, *guests: Callable[[FakeVcpu], Exit], rate: RateLimit | None = None) -> None:
         self.parked = threading.Event()
         self.gate = run_gate.RunGate(self.parked.set)
         self.vcpus = [FakeVcpu(index, guest) for index, guest in enumerate(guests)]
         self.stopping: list[Stop] = []
-        around = VcpuSurroundings(IdleService(), RecordingProtection(MIB), PortBus(), MmioCounter())
+        around = VcpuSurroundings(IdleService(), RecordingProtection(MIB), PortBus(), MmioCounter(), rate=rate)
         handles: list[Vcpu] = list(self.vcpus)
         self.tasks = VcpuTasks(handles, self.gate, around, self.stopping.append)
 
@@ -85,6 +86,41 @@ async def test_a_fatal_exit_of_one_vcpu_stops_the_others() -> None:
     stop = await rig.tasks.run()
     assert (stop.reason, stop.vcpu) == (StopReason.TRIPLE_FAULT, 1)
     assert [stop.reason for stop in rig.stopping] == [StopReason.TRIPLE_FAULT]
+
+
+async def test_a_vcpu_that_is_held_back_does_not_enter_pauses_and_stops() -> None:
+    rate = RateLimit(1)
+    rate.count(1 << 62)  # until the end of time
+    faulted = threading.Event()
+
+    def fault_once(vcpu: FakeVcpu) -> Exit:
+        if vcpu.entries > 1:
+            return leave(1)
+        faulted.set()
+        return MemoryFault(0, PAGE_SIZE, private=False)
+
+    rig = Rig(fault_once, lambda vcpu: vcpu.spin(), rate=rate)
+    async with trio.open_nursery() as nursery:
+
+        async def command() -> None:
+            await trio.to_thread.run_sync(faulted.wait)
+            await rig.pause()
+            rig.gate.resume()
+            await rig.pause()
+            assert rig.vcpus[0].entries == 1
+            assert rig.vcpus[1].entries >= 1, "the others go on"
+            rig.tasks.stop(OPERATOR)
+
+        nursery.start_soon(command)
+        assert await rig.tasks.run() is OPERATOR
+    assert rig.vcpus[0].entries == 1
+
+
+async def test_a_vcpu_whose_time_has_come_enters_again() -> None:
+    rate = RateLimit(1_000_000)
+    rate.count(0)
+    rig = Rig(lambda vcpu: leave(7) if vcpu.entries > 1 else MemoryFault(0, PAGE_SIZE, private=False), rate=rate)
+    assert (await rig.tasks.run()).status == 7
 
 
 async def test_the_operator_stops_a_guest_that_spins() -> None:

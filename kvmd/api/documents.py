@@ -79,6 +79,7 @@ def _spec(spec: MachineSpec) -> dict[str, object]:
             "no_progress_limit": bounds.no_progress_limit,
             "max_ranges": bounds.max_ranges,
             "implicit": bounds.implicit,
+            "rate": bounds.rate,
         },
         "initrd": None if spec.initrd is None else str(spec.initrd),
         "cmdline": spec.cmdline,

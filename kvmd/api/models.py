@@ -53,6 +53,7 @@ class ConversionRequest(Request):
     no_progress_limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_ranges: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     implicit: Literal["allow", "keep-explicit", "deny"] | None = None
+    rate: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
 FileName = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -139,6 +140,7 @@ class ConversionBounds(Answer):
     no_progress_limit: int
     max_ranges: int
     implicit: str
+    rate: int | None = Field(description="changes a second, null for no limit")
 
 
 class Limits(Answer):
@@ -314,6 +316,9 @@ class MachineCounters(Answer):
     waiting_us: Latency
     applying_us: Latency
     discarding_us: Latency
+    held_back_us: int = Field(
+        description="how long vCPUs were kept out of the guest by `conversion.rate`, all together, in microseconds"
+    )
     lost: int = Field(description="records that were dropped before they were counted")
     hottest: list[HotRange] = Field(description="what was converted most, hottest first; a handful")
 

@@ -21,6 +21,7 @@ class Counted(NamedTuple):
         shared_bytes, private_bytes: of its memory, now.
         latencies: the median and the 99th percentile of each of ``LATENCIES``, in microseconds.
         lost: records that were dropped before they were counted.
+        held_back_us: how long vCPUs were kept out of the guest, all together, in microseconds.
     """
 
     to_shared: int
@@ -30,6 +31,7 @@ class Counted(NamedTuple):
     private_bytes: int
     latencies: tuple[tuple[float, float], ...]
     lost: int
+    held_back_us: int
 
 
 class Row(NamedTuple):
@@ -39,6 +41,7 @@ class Row(NamedTuple):
         name, state: of the machine.
         counted: what it did; None where it did not say.
         to_shared, to_private, other: a second, since the moment before.
+        held_back: for how many vCPUs' time its guest was kept waiting by its rate, since the moment before.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Row(NamedTuple):
     to_shared: float
     to_private: float
     other: float
+    held_back: float
 
     def document(self) -> dict[str, object]:
         """Return it for programs."""
@@ -59,6 +63,7 @@ class Row(NamedTuple):
             "to_shared_per_second": round(self.to_shared, 3),
             "to_private_per_second": round(self.to_private, 3),
             "other_per_second": round(self.other, 3),
+            "held_back_vcpus": round(self.held_back, 3),
             "shared_bytes": found.shared_bytes,
             "private_bytes": found.private_bytes,
             "lost": found.lost,
@@ -113,6 +118,7 @@ def counted(answer: dict[str, Any]) -> Counted:
         private_bytes=number(answer, "private_bytes"),
         latencies=tuple(_percentiles(answer.get(key)) for key in LATENCIES),
         lost=number(answer, "lost"),
+        held_back_us=number(answer, "held_back_us"),
     )
 
 
@@ -141,10 +147,10 @@ class Rates:
         """
         before = self._before.pop(name, None)
         if found is None:
-            return Row(name, state, None, 0.0, 0.0, 0.0)
+            return Row(name, state, None, 0.0, 0.0, 0.0, 0.0)
         self._before[name] = now, found
         if before is None or now <= before[0]:
-            return Row(name, state, found, 0.0, 0.0, 0.0)
+            return Row(name, state, found, 0.0, 0.0, 0.0, 0.0)
         then, old = before
         # A machine that was made anew under an old one's name begins at 0 again.
         grown = [
@@ -153,6 +159,7 @@ class Rates:
                 (found.to_shared, old.to_shared),
                 (found.to_private, old.to_private),
                 (found.other, old.other),
+                (found.held_back_us / 1e6, old.held_back_us / 1e6),
             )
         ]
         return Row(name, state, found, *grown)

@@ -29,7 +29,11 @@ _RIGHT = frozenset(range(2, len(_HEADING)))
 _HOT_HEADING = ("HOTTEST", "GPA", "SIZE", "CONVERSIONS/s", "SINCE ITS START")
 _HOT_RIGHT = frozenset({2, 3, 4})
 _TOTAL = "all"
-_CAPTION = "latencies in microseconds, median / 99 %; OTHER changed nothing"
+_SHOWN_FROM = 0.005
+"""A share of a vCPU that is not shown as 0 %."""
+_CAPTION = (
+    "latencies in microseconds, median / 99 %; OTHER changed nothing; held back: of a vCPU's time, by conversion.rate"
+)
 
 
 def as_text(look: Look) -> str:
@@ -92,7 +96,12 @@ def _row(row: Row) -> tuple[str, ...]:
     latencies = (f"{p50:,.0f} / {p99:,.0f}" for p50, p99 in found.latencies)
     rates = map(_rate, (row.to_shared, row.to_private, row.other))
     sizes = map(format_size, (found.shared_bytes, found.private_bytes))
-    return (row.name, row.state, *rates, *sizes, *latencies)
+    return (row.name, _state(row), *rates, *sizes, *latencies)
+
+
+def _state(row: Row) -> str:
+    """Return the state, and how much of a vCPU's time the machine is slowed down by its rate."""
+    return f"{row.state}, held back {row.held_back:.0%}" if row.held_back >= _SHOWN_FROM else row.state
 
 
 def _hot(hot: Hot) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ class Counters(msgspec.Struct, frozen=True):
         lost: records that the ring dropped before they were counted.
         hottest: the ranges that were converted most, hottest first; a handful.
         balloon: what memory the guest does without; None where there is no balloon.
+        held_back_us: how long vCPUs were kept out of the guest by ``conversion.rate``, all together, in microseconds.
     """
 
     requests: dict[tuple[str, str, str], int]
@@ -58,6 +59,7 @@ class Counters(msgspec.Struct, frozen=True):
     lost: int
     hottest: tuple[HotRange, ...] = ()
     balloon: Balloon | None = None
+    held_back_us: int = 0
 
 
 class MemoryMap(msgspec.Struct, frozen=True):
@@ -337,6 +339,7 @@ def counters_document(counters: Counters) -> dict[str, object]:
         "waiting_us": _latency(counters.waiting_us),
         "applying_us": _latency(counters.applying_us),
         "discarding_us": _latency(counters.discarding_us),
+        "held_back_us": counters.held_back_us,
         "lost": counters.lost,
         "hottest": [
             {"gpa": hex(hot.gpa), "size": hot.size_bytes, "count": hot.count, "overcount": hot.overcount}

@@ -73,6 +73,7 @@ def counters_of(values: CounterValues) -> Counters:
         lost=values.lost,
         hottest=tuple(HotRange(*hot) for hot in values.hottest),
         balloon=None if values.balloon is None else _balloon_of(values.balloon),
+        held_back_us=values.held_back_us,
     )
 
 

@@ -8,7 +8,13 @@ from kvmd.machine_process.messages import Balloon, CounterValues
 
 
 def counter_values(
-    snapshot: StatsSnapshot, *, shared_bytes: int, private_bytes: int, lost: int = 0, balloon: Balloon | None = None
+    snapshot: StatsSnapshot,
+    *,
+    shared_bytes: int,
+    private_bytes: int,
+    lost: int = 0,
+    balloon: Balloon | None = None,
+    held_back_us: int = 0,
 ) -> CounterValues:
     """Return the counters of a machine of so much shared and private memory; ``lost`` beside what the snapshot lost."""
     waiting, applying, discarding = (
@@ -27,6 +33,7 @@ def counter_values(
         lost=snapshot.uncounted + lost,
         hottest=[(hot.gpa, hot.size_bytes, hot.count, hot.overcount) for hot in snapshot.hottest],
         balloon=balloon,
+        held_back_us=held_back_us,
     )
 
 

@@ -274,6 +274,7 @@ class MachineHost:
             shared_bytes=shared,
             private_bytes=private,
             balloon=None if balloon is None else _balloon_state(balloon, held_bytes or 0),
+            held_back_us=self.machine.held_back_us,
         )
 
     def _write_end(self, stop: Stop) -> None:

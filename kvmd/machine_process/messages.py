@@ -244,6 +244,7 @@ class CounterValues(msgspec.Struct, frozen=True, tag="counters"):
         hottest: gpa, bytes, count and overcount of the ranges that were converted most: see
             ``kvmd.conversion.hottest.HotRange``.
         balloon: what ``AskBalloon`` is answered by, or None where there is no balloon.
+        held_back_us: how long vCPUs were kept out of the guest by ``conversion.rate``, all together, in microseconds.
     """
 
     requests: list[tuple[str, str, str, int]]
@@ -255,6 +256,7 @@ class CounterValues(msgspec.Struct, frozen=True, tag="counters"):
     lost: int
     hottest: list[tuple[int, int, int, int]] = []
     balloon: Balloon | None = None
+    held_back_us: int = 0
 
 
 class MemoryMap(msgspec.Struct, frozen=True, tag="map"):

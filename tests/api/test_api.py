@@ -154,6 +154,14 @@ async def test_names_are_made_up_where_none_is_given(api: Serving) -> None:
     assert names == ["hello", "hello-2", "hello-3"]
 
 
+async def test_bounds_of_conversions_are_shown_as_they_were_asked_for(api: Serving) -> None:
+    bounds = {"chunk": "1M", "no_progress_limit": 2, "max_ranges": 3, "implicit": "deny", "rate": 4}
+    answer = await api.post("/v1/machines", {"image": "builtin:hello", "conversion": bounds})
+    assert answer.json["spec"]["conversion"] == {**bounds, "chunk": 1 << 20}
+    answer = await api.post("/v1/machines", {"image": "builtin:hello"})
+    assert answer.json["spec"]["conversion"]["rate"] is None
+
+
 async def test_two_clients_that_race_get_one_winner(api: Serving) -> None:
     async def race(request: Any) -> list[int]:
         statuses: list[int] = []
@@ -220,6 +228,7 @@ async def test_a_stop_that_takes_too_long_is_told(one: Serving) -> None:
         (b"{}", "invalid-spec", "image is missing: expected the path of an ELF file"),
         ({"image": "builtin:hello", "cpus": 2}, "invalid-request", "body.cpus: Extra inputs are not permitted"),
         ({"image": "builtin:hello", "conversion": {"x": 1}}, "invalid-request", "body.conversion.x: "),
+        ({"image": "builtin:hello", "conversion": {"rate": 0}}, "invalid-request", "body.conversion.rate: "),
         ({"image": "builtin:hello", "vcpus": "2"}, "invalid-request", "body.vcpus: "),
         ({"image": "builtin:hello", "vcpus": True}, "invalid-request", "body.vcpus: "),
         ({"image": "builtin:hello", "vcpus": 10**400}, "invalid-request", "body.vcpus: "),
@@ -450,6 +459,7 @@ async def test_counters_and_metrics(one: Serving) -> None:
     assert 'kvmd_machines{state="running"} 1' in lines
     assert 'kvmd_conversion_requests_total{machine="one",cause="implicit",to="shared",outcome="converted"} 1' in lines
     assert f'kvmd_memory_bytes{{machine="one",state="private"}} {MIB - PAGE_SIZE}' in lines
+    assert 'kvmd_conversion_held_back_seconds_total{machine="one"} 0.25' in lines
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

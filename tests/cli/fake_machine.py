@@ -43,6 +43,7 @@ class FakeMachine(Closing):
         self.mmio = MmioCounter()
         self.pinned = GpaRange(0, PINNED_BYTES)
         self.shared: GpaRange | None = None
+        self.held_back_us = 0
         self.stopped = trio.Event()
         self.stop_message = ""
         self.pressed = trio.Event()

@@ -87,6 +87,17 @@ def test_the_last_line_of_the_log_says_why_and_how_much(runner: Runner) -> None:
     assert (last["converted"], last["spurious"], last["failed"]) == (2, 0, 0)
 
 
+def test_a_guest_that_its_rate_slowed_down_is_told_so(runner: Runner) -> None:
+    async def script(machine: FakeMachine) -> Stop:
+        machine.held_back_us = 1_234_567
+        await trio.lowlevel.checkpoint()
+        return Stop(StopReason.GUEST_EXIT, "all vCPUs ended", 0)
+
+    assert runner.run(script=script) == 0
+    assert runner.names == ["conversions-held-back", "machine-stopped"]
+    assert runner.events[0]["vcpu_seconds"] == 1.235
+
+
 def test_a_guest_that_is_stopped_shows_its_registers_and_what_was_unclaimed(runner: Runner) -> None:
     async def script(machine: FakeMachine) -> Stop:
         machine.ports.read(0x80, 1)

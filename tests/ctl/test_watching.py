@@ -9,6 +9,8 @@ import termios
 import pytest
 
 from kvmd.ctl.figures import Counted, Hot, HotPages, Rates
+from kvmd.ctl.top_view import as_text
+from kvmd.ctl.watching import Look
 from kvmd.ranges import GpaRange, PageState
 from tests.ctl.conftest import Kvmctl
 from tests.ctl.running import on_terminal, with_pipes
@@ -33,8 +35,8 @@ def convert(guest: FakeGuest) -> None:
 # -- top
 
 
-def counted(to_shared: int = 0, to_private: int = 0, other: int = 0) -> Counted:
-    return Counted(to_shared, to_private, other, 0, 0, ((0, 0), (0, 0), (0, 0)), 0)
+def counted(to_shared: int = 0, to_private: int = 0, other: int = 0, held_back_us: int = 0) -> Counted:
+    return Counted(to_shared, to_private, other, 0, 0, ((0, 0), (0, 0), (0, 0)), 0, held_back_us)
 
 
 def test_rates() -> None:
@@ -43,10 +45,20 @@ def test_rates() -> None:
     assert (first.to_shared, first.to_private, first.other) == (0, 0, 0)
     second = rates.row("one", "running", 12.0, counted(25, 6, 5))
     assert (second.to_shared, second.to_private, second.other) == (10, 0.5, 0)
+    assert second.held_back == 0
     # Another machine of that name begins anew.
     assert rates.row("one", "running", 13.0, counted(1)).to_shared == 0
     rates.keep([])
     assert rates.row("one", "running", 14.0, counted(100)).to_shared == 0
+
+
+def test_a_machine_that_its_rate_slows_down_is_shown_with_it() -> None:
+    rates = Rates()
+    rates.row("one", "running", 10.0, counted(held_back_us=500_000))
+    row = rates.row("one", "running", 12.0, counted(held_back_us=3_500_000))
+    assert (row.held_back, row.document()["held_back_vcpus"]) == (1.5, 1.5)
+    assert "running, held back 150%" in as_text(Look([row], []))
+    assert "held back" not in as_text(Look([rates.row("one", "running", 14.0, counted(held_back_us=3_500_001))], []))
 
 
 def hot(*ranges: tuple[str, int]) -> dict[str, object]:

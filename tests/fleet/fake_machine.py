@@ -62,6 +62,7 @@ class FakeMachine:
         self.agent = HostPort() if spec.agent else None
         self.balloon = FakeBalloon(spec.balloon_target) if spec.balloon else None
         self.power_button = self._shut_down if spec.kernel is not None else None
+        self.held_back_us = 0
         self.state = "created"
         self._map = PageStateMap(spec.memory, PageState.PRIVATE)
         self._page = FIRST_FREE

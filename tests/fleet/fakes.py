@@ -357,6 +357,7 @@ class FakeFleet:
             applying_us=(2.0, 2.0, 2.0, 2.0),
             discarding_us=(3.0, 3.0, 3.0, 3.0),
             lost=0,
+            held_back_us=250_000,
             hottest=hottest.top(10),
             balloon=self._balloon(guest) if guest.info.spec.balloon else None,
         )

@@ -91,6 +91,9 @@ def render(machines: Iterable[MachineInfo], counters: dict[str, Counters], figur
             for quantile, microseconds in zip(_QUANTILES, getattr(found, f"{step}_us"), strict=True)
         ]
         family(name, "gauge", f"How long conversions took, {step}; quantile 1 is the maximum.", latencies)
+    name = "kvmd_conversion_held_back_seconds_total"
+    held_back = [(name, {"machine": machine}, found.held_back_us / 1e6) for machine, found in sorted(counters.items())]
+    family(name, "counter", "Time that vCPUs were kept out of the guest by conversion.rate.", held_back)
     name = "kvmd_conversion_records_lost_total"
     lost = [(name, {"machine": machine}, found.lost) for machine, found in sorted(counters.items())]
     family(name, "counter", "Records dropped before they were counted.", lost)
