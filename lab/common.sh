@@ -10,7 +10,7 @@ repository=$(dirname -- "$lab")
 build=$(realpath -m -- "${LAB_BUILD:-$repository/build/lab}")
 
 # shellcheck disable=SC2034  # the scripts use them
-readonly EX_USAGE=64 EX_NOINPUT=66 EX_UNAVAILABLE=69 EX_SOFTWARE=70
+readonly EX_USAGE=64 EX_NOINPUT=66 EX_UNAVAILABLE=69 EX_SOFTWARE=70 EX_STANDSTILL=124
 # shellcheck disable=SC2034
 readonly QEMU_NEEDED=10
 

@@ -38,7 +38,7 @@ bash -c "$2"
 RECORD = """echo "${0##*/} $*" >>"$SEEN\""""
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-EX_USAGE, EX_NOINPUT, EX_UNAVAILABLE, EX_SOFTWARE = 64, 66, 69, 70
+EX_USAGE, EX_NOINPUT, EX_UNAVAILABLE, EX_SOFTWARE, EX_STANDSTILL = 64, 66, 69, 70, 124
 
 
 @dataclass(frozen=True)
@@ -358,6 +358,41 @@ def test_a_lab_that_dies_under_the_tests_is_a_failure_whatever_they_said(lab: Be
     lab.stand_in("vng", f"echo '{PASSED}'")
     pretend_pytest(lab, PASSED, 0)
     assert lab.call("test").status == EX_SOFTWARE
+
+
+def stand_still(lab: Bench, times: int) -> None:
+    """Have timeout(1) end the lab at once that often, and run it from then on."""
+    count = 'labs=0; while read -r _; do labs=$((labs + 1)); done <"$SEEN.labs"'
+    over = f"[ $labs -gt {times} ] || exit {EX_STANDSTILL}"
+    lab.stand_in("timeout", f'echo "a lab" >>"$SEEN.labs"\n{count}\n{over}\nshift 3\nexec "$@"')
+
+
+def labs_of(lab: Bench) -> int:
+    return (lab.root / "seen.labs").read_text().count("a lab")
+
+
+def test_a_lab_that_stands_still_is_tried_once_more_where_that_is_asked_for(lab: Bench) -> None:
+    stand_still(lab, 1)
+    pretend_pytest(lab, PASSED, 0)
+    ended = lab.call("test", LAB_TRIES="2")
+    assert (ended.status, ended.out) == (0, f"{PASSED}\n")
+    assert "it stood still: once more" in ended.err
+    assert labs_of(lab) == 2
+
+
+@pytest.mark.parametrize(("variables", "labs"), [({}, 1), ({"LAB_TRIES": "2"}, 2)])
+def test_a_lab_that_goes_on_standing_still_is_a_failure(lab: Bench, variables: dict[str, str], labs: int) -> None:
+    stand_still(lab, 9)
+    pretend_pytest(lab, PASSED, 0)
+    assert lab.call("test", cwd=None, **variables).status == EX_STANDSTILL
+    assert labs_of(lab) == labs
+
+
+def test_a_failure_is_not_tried_again(lab: Bench) -> None:
+    stand_still(lab, 0)
+    pretend_pytest(lab, PASSED, 1)
+    assert lab.call("test", LAB_TRIES="2").status == 1
+    assert labs_of(lab) == 1
 
 
 def test_tests_that_could_not_run_are_a_failure(lab: Bench) -> None:

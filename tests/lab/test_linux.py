@@ -19,7 +19,7 @@ from tests.own_network import own_network
 
 pytestmark = [pytest.mark.linux_guest, pytest.mark.private_memory, pytest.mark.network]
 
-SECONDS = 900.0
+SECONDS = 3600.0  # as in test_guest_devices.py
 
 
 def prove(folder: Path, kernel: Kernel, *, vcpus: int, end: str = "poweroff", **keys: str) -> tuple[int, str]:

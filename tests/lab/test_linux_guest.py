@@ -17,7 +17,7 @@ from tests.own_network import own_network
 
 pytestmark = [pytest.mark.linux_guest, pytest.mark.kvm, pytest.mark.private_memory, pytest.mark.network]
 
-SECONDS = 900.0
+SECONDS = 3600.0  # as in test_guest_devices.py
 
 
 @pytest.mark.parametrize("kernel", [lab_kernel, debian_kernel])
