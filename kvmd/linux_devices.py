@@ -16,7 +16,8 @@ from kvmd.spec import MachineSpec
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
 from kvmd.virtio.console import ConsoleDevice
-from kvmd.virtio.device import DeviceModel, VirtioDevice
+from kvmd.virtio.device import VirtioDevice
+from kvmd.virtio.device_model import DeviceModel
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.entropy import EntropyDevice
 from kvmd.virtio.host_port import HostPort

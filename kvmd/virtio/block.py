@@ -8,6 +8,7 @@ import struct
 import trio
 
 from kvmd.virtio.abi import SECTOR_BYTES, DeviceId
+from kvmd.virtio.activation import Activation
 from kvmd.virtio.block_requests import (
     DISCARD_LIMIT_SECTORS,
     SEGMENTS_LIMIT,
@@ -15,7 +16,7 @@ from kvmd.virtio.block_requests import (
     ZEROES_LIMIT_SECTORS,
     BlockRequests,
 )
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.device_model import Host
 from kvmd.virtio.disk import RawDisk
 
 F_SIZE_MAX = 1 << 1

@@ -7,8 +7,9 @@ import struct
 import trio
 
 from kvmd.virtio.abi import DeviceId
+from kvmd.virtio.activation import Activation
 from kvmd.virtio.console_control import PORT, PortControl
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.device_model import Host
 from kvmd.virtio.host_port import HostPort
 from kvmd.virtio.live_queue import LiveQueue
 from kvmd.virtio.memory import GuestMemory, gather, scatter, split, total_bytes

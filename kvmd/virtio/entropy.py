@@ -7,7 +7,8 @@ import os
 import trio
 
 from kvmd.virtio.abi import DeviceId
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.activation import Activation
+from kvmd.virtio.device_model import Host
 from kvmd.virtio.memory import scatter, total_bytes
 from kvmd.virtio.split_queue import QueueError
 
