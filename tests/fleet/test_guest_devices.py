@@ -12,7 +12,7 @@ import trio
 from structlog.testing import capture_logs
 
 from kvmd.errors import DeviceInUse, MachineStateError, NoSuchDevice
-from kvmd.fleet import local
+from kvmd.fleet import stopping
 from kvmd.fleet.base import Balloon, Console, Fleet
 from kvmd.fleet.local import LocalFleet
 from kvmd.guests import GUESTS
@@ -176,7 +176,7 @@ _IN_ORDER = {
 
 
 async def test_all_machines_are_stopped_in_order(fake_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "SHUTDOWN_SECONDS", 0.2)
+    monkeypatch.setattr(stopping, "SHUTDOWN_SECONDS", 0.2)
     async with fake_site.open_local() as fleet:
         await _of_all_kinds(fleet)
         with capture_logs() as log:
@@ -193,7 +193,7 @@ async def test_all_machines_are_stopped_in_order(fake_site: Site, monkeypatch: p
 async def test_who_is_in_a_hurry_does_not_wait_for_guests_to_shut_down(
     fake_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "SHUTDOWN_SECONDS", 1000.0)
+    monkeypatch.setattr(stopping, "SHUTDOWN_SECONDS", 1000.0)
     async with fake_site.open_local() as fleet:
         await _of_all_kinds(fleet)
         hurry = trio.Event()
