@@ -12,7 +12,7 @@ from kvmd.devices.mmio import MmioBus
 from kvmd.errors import BackendError, HostError
 from kvmd.hardware import DevicePlace, Platform
 from kvmd.memory.accessor import HostAccessor
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
 from kvmd.virtio.console import ConsoleDevice

@@ -19,7 +19,7 @@ from kvmd.fleet.state_folder import StateFolder
 from kvmd.fleet.which_process import open_pidfd
 from kvmd.machine_process.folder import MACHINE, PROCESS, MachineFile, MachineFolder, ProcessFile, listen_in
 from kvmd.machine_process.spawning import Birth
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 _READ_BYTES = 65536
 _KINDS = {"config": ConfigError, "image": ImageError, "host": HostError}

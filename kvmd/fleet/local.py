@@ -50,7 +50,7 @@ from kvmd.machine_process.messages import (
     Request,
     Status,
 )
-from kvmd.spec import NAME_LIMIT, MachineSpec
+from kvmd.spec.machine import NAME_LIMIT, MachineSpec
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
 

@@ -32,7 +32,7 @@ from kvmd.machine_process.folder import (
 )
 from kvmd.machine_process.framing import BadMessage
 from kvmd.machine_process.messages import AskInfo, Greeting, Info
-from kvmd.spec import NAME_PATTERN
+from kvmd.spec.machine import NAME_PATTERN
 
 ANSWER_SECONDS = 5.0
 """How long a machine may take to answer a new daemon."""

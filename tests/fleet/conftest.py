@@ -18,7 +18,7 @@ from kvmd.fleet.base import Fleet
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.spawner_link import SPAWNER
 from kvmd.guests import GUESTS
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from tests.fleet.fakes import FakeFleet
 from tests.gate import Facility, require_whole
 

@@ -27,7 +27,7 @@ from kvmd.machine_process.messages import (
     Refused,
     TellAgent,
 )
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import NOT_SHUT_DOWN
 from kvmd.stop import STOPPED as STOPPED_BY_OPERATOR
 from tests.fleet.conftest import FAKE_SPAWNER, Site, spec

@@ -19,7 +19,7 @@ from kvmd.errors import ConfigError, HostError, ImageError
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.unit_pool import UnitPool
 from kvmd.machine_process.spawning import Waiting
-from kvmd.spec import LimitsSpec
+from kvmd.spec.limits import LimitsSpec
 from tests.fleet.conftest import Site, spec
 from tests.fleet.fake_units import FakeUnits
 from tests.fleet.test_contract import STOPPED, running
