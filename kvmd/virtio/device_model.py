@@ -55,3 +55,18 @@ class DeviceModel(Protocol):
 
     def close(self) -> None:
         """Give up what it holds; harmless the second time."""
+
+
+class PlainModel:
+    """What most models are: the configuration stays as it is, and any choice of features will do."""
+
+    def bind(self, host: Host) -> None:
+        """Nothing of the configuration ever changes."""
+
+    def refusal(self, features: int) -> str | None:  # noqa: ARG002 - the protocol has it
+        """Any choice of features will do."""
+        return None
+
+    def config_written(self, offset: int, data: bytes) -> bytes | None:  # noqa: ARG002 - the protocol has them
+        """Nothing of the configuration can be written."""
+        return None
