@@ -10,7 +10,7 @@ from kvmd.errors import ConfigError, HostError
 from kvmd.hardware import Hardware, kvm_problem, open_kvm
 from kvmd.payload.elf import LoadedImage
 from kvmd.software_hardware import open_software
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 if TYPE_CHECKING:
     from kvmd.linux_hardware import LinuxImage

@@ -30,7 +30,7 @@ from kvmd.protection.guest_memfd import GuestMemfdProtection
 from kvmd.protection.none import NoProtection
 from kvmd.protection.two_views import Tripwire
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.units import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:

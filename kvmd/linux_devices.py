@@ -12,11 +12,12 @@ from kvmd.devices.mmio import MmioBus
 from kvmd.errors import BackendError, HostError
 from kvmd.hardware import DevicePlace, Platform
 from kvmd.memory.accessor import HostAccessor
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
 from kvmd.virtio.console import ConsoleDevice
-from kvmd.virtio.device import DeviceModel, VirtioDevice
+from kvmd.virtio.device import VirtioDevice
+from kvmd.virtio.device_model import DeviceModel
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.entropy import EntropyDevice
 from kvmd.virtio.host_port import HostPort

@@ -44,7 +44,7 @@ from kvmd.protection.base import Protection
 from kvmd.protection.guest_memfd import GuestMemfdProtection
 from kvmd.protection.none import NoProtection
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.units import MIB, format_size
 
 _PINNED = GpaRange(0, MIB)

@@ -42,7 +42,7 @@ from kvmd.memory.accessor import HostAccessor
 from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
 from kvmd.run_gate import RunGate
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import STOPPED, Stop, StopReason
 from kvmd.units import format_size
 from kvmd.vcpu_tasks import VcpuTasks

@@ -14,10 +14,11 @@ from kvmd.protection.software_views import SoftwareViews
 from kvmd.ranges import PageState
 from kvmd.software.availability import missing_emulator
 from kvmd.software.memory import GuestMemory
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 C_BIT = 47
-"""Of guest-physical addresses. The emulator has more bits; no guest has more memory (``kvmd.spec.MEMORY_LIMIT``)."""
+"""Of guest-physical addresses. The emulator has more bits; no guest has more memory:
+``kvmd.spec.machine.MEMORY_LIMIT``."""
 
 MOST_VCPUS = 256
 """As many as there are APIC ids. An emulator takes about 3 MiB before it runs anything."""

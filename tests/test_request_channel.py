@@ -46,6 +46,16 @@ def put_all(channel: RequestChannel[int], *items: int) -> None:
         channel.put(item)
 
 
+@pytest.fixture
+async def quick(
+    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> RequestChannel[int]:
+    """A channel with its porter; whatever comes, comes soon."""
+    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
+    nursery.start_soon(channel.carry)
+    return channel
+
+
 async def make_it_pay(channel: RequestChannel[int]) -> None:
     """Let an item come soon after the receiver went idle."""
     assert channel.linger() == []
@@ -126,36 +136,28 @@ async def test_an_item_after_the_end_is_too_late_and_one_before_it_is_given_back
     assert channel.take() == []
 
 
-async def test_lingering_starts_only_once_items_come_soon(
-    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    nursery.start_soon(channel.carry)
+async def test_lingering_starts_only_once_items_come_soon(quick: RequestChannel[int]) -> None:
     # Nothing has come yet, so nobody waits: this returns at once.
-    await make_it_pay(channel)
+    await make_it_pay(quick)
     # It came soon after the last look: from now on it pays.
-    channel.attend()
-    thread = threading.Thread(target=channel.put, args=(2,))
+    quick.attend()
+    thread = threading.Thread(target=quick.put, args=(2,))
     thread.start()
-    assert channel.linger() == [2]
+    assert quick.linger() == [2]
     thread.join()
-    put_all(channel, 3, 4)
-    assert channel.linger() == [3, 4], "all that is there"
+    put_all(quick, 3, 4)
+    assert quick.linger() == [3, 4], "all that is there"
 
 
 @pytest.mark.parametrize("channel", [0.001], indirect=True)
-async def test_lingering_in_vain_is_given_up(
-    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    nursery.start_soon(channel.carry)
-    await make_it_pay(channel)
-    assert channel.linger() == []
-    assert not channel._pays
-    assert channel.count == 1
+async def test_lingering_in_vain_is_given_up(quick: RequestChannel[int]) -> None:
+    await make_it_pay(quick)
+    assert quick.linger() == []
+    assert not quick._pays
+    assert quick.count == 1
     # And what comes afterwards wakes the loop as before.
-    channel.put(4)
-    assert await channel.receive() == [4]
+    quick.put(4)
+    assert await quick.receive() == [4]
 
 
 async def test_an_end_that_comes_when_nobody_waits_any_more_is_no_item(channel: RequestChannel[int]) -> None:
@@ -168,48 +170,40 @@ async def test_an_end_that_comes_when_nobody_waits_any_more_is_no_item(channel: 
     assert channel.close() == []
 
 
-async def test_an_end_that_comes_too_late_ends_one_wait_more(
-    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    nursery.start_soon(channel.carry)
-    await make_it_pay(channel)
-    channel.put(1)
-    channel._end_wait()
-    assert channel.linger() == [1]
-    assert channel.linger() == []
-    await make_it_pay(channel)
-    channel.attend()
-    thread = threading.Thread(target=channel.put, args=(2,))
+async def test_an_end_that_comes_too_late_ends_one_wait_more(quick: RequestChannel[int]) -> None:
+    await make_it_pay(quick)
+    quick.put(1)
+    quick._end_wait()
+    assert quick.linger() == [1]
+    assert quick.linger() == []
+    await make_it_pay(quick)
+    quick.attend()
+    thread = threading.Thread(target=quick.put, args=(2,))
     thread.start()
-    assert channel.linger() == [2]
+    assert quick.linger() == [2]
     thread.join()
 
 
 async def test_where_nothing_can_end_a_wait_there_is_none(
-    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    quick: RequestChannel[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
     monkeypatch.setattr(WaitWatch, "resume", lambda _watch: False)
-    nursery.start_soon(channel.carry)
-    await make_it_pay(channel)
-    assert channel.linger() == []
-    channel.put(6)
-    assert await channel.receive() == [6]
+    await make_it_pay(quick)
+    assert quick.linger() == []
+    quick.put(6)
+    assert await quick.receive() == [6]
 
 
 async def test_after_the_end_there_is_nothing_to_linger_for(
-    channel: RequestChannel[int], late: Late, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+    quick: RequestChannel[int], late: Late, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    nursery.start_soon(channel.carry)
-    await make_it_pay(channel)
-    channel.attend()
-    assert channel.close() == []
+    await make_it_pay(quick)
+    quick.attend()
+    assert quick.close() == []
     monkeypatch.setattr(WaitWatch, "resume", lambda _watch: pytest.fail("it waits"))
-    assert channel.linger() == []
-    channel.put(1)
-    assert (channel.linger(), late.items) == ([], [1])
+    assert quick.linger() == []
+    quick.put(1)
+    assert (quick.linger(), late.items) == ([], [1])
 
 
 @pytest.mark.parametrize("left", [0, 1])
@@ -227,16 +221,12 @@ def test_without_two_descriptors_it_says_what_to_raise_and_keeps_none(left: int)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_lingering_never_waits_while_something_is_in_the_trio_channel(
-    channel: RequestChannel[int], nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(request_channel, "SOON_NS", 60_000_000_000)
-    nursery.start_soon(channel.carry)
-    await make_it_pay(channel)
-    channel.put(5)
+async def test_lingering_never_waits_while_something_is_in_the_trio_channel(quick: RequestChannel[int]) -> None:
+    await make_it_pay(quick)
+    quick.put(5)
     await trio.testing.wait_all_tasks_blocked()
-    assert channel._in_channel == 1
-    assert channel.linger() == [5]
+    assert quick._in_channel == 1
+    assert quick.linger() == [5]
 
 
 @pytest.mark.parametrize("channel", [0.00005, 0.005], indirect=True)

@@ -12,7 +12,7 @@ import pytest
 from kvmd.cli.daemon import SLICE
 from kvmd.daemon_config import MachinesConfig
 from kvmd.machine_process.cgroup import unit_name, unit_number
-from kvmd.spec import TASKS_LIMIT
+from kvmd.spec.limits import TASKS_LIMIT
 
 UNITS = Path(__file__).parent.parent / "systemd"
 MOST_EXPOSURE = 2.0

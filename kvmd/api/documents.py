@@ -12,7 +12,7 @@ from kvmd.api.models import HostFacts
 from kvmd.fleet.base import Balloon, MachineEnd, MachineInfo
 from kvmd.guests import GUESTS
 from kvmd.log import iso_time
-from kvmd.spec import BUILTIN_PREFIX, MachineSpec
+from kvmd.spec.machine import BUILTIN_PREFIX, MachineSpec
 
 _BUILTIN_NAMES = {guest.path: BUILTIN_PREFIX + name for name, guest in GUESTS.items()}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvmd.api.problems import Problem, ProblemType
 from kvmd.errors import ConfigError, ImageError
-from kvmd.spec import BUILTIN_PREFIX, MachineSpec
+from kvmd.spec.machine import BUILTIN_PREFIX, MachineSpec
 
 _SYS_OPENAT2 = 437
 """The same on every architecture (Linux 5.6)."""

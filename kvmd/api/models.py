@@ -11,15 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kvmd.fleet.base import MachineState
 from kvmd.network.spec import ADDRESSES_LIMIT, MTU_LEAST, MTU_MOST, NETWORKS_LIMIT
-from kvmd.spec import (
-    AGENT_LIMIT,
-    ARGUMENT_LIMIT,
-    BUILTIN_PREFIX,
-    DISKS_LIMIT,
-    NAME_PATTERN,
-    TASKS_LIMIT,
-    VCPU_LIMIT,
-)
+from kvmd.spec.disks import DISKS_LIMIT
+from kvmd.spec.limits import TASKS_LIMIT, VCPU_LIMIT
+from kvmd.spec.machine import AGENT_LIMIT, ARGUMENT_LIMIT, BUILTIN_PREFIX, NAME_PATTERN
 
 SIZE_PATTERN = "^[0-9]{1,15}[KMGT]?$"
 
@@ -129,7 +123,7 @@ class MachineRequest(Request):
     limits: LimitsRequest | None = None
 
     def document(self) -> dict[str, object]:
-        """Return it as ``kvmd.spec.spec_of`` wants it."""
+        """Return it as ``kvmd.spec.machine.spec_of`` wants it."""
         return self.model_dump(exclude_none=True)
 
 

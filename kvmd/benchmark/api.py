@@ -33,7 +33,7 @@ from kvmd.benchmark.measure import Fact, Options, Ratio, Report, take_turns
 from kvmd.fleet.base import Counters, Event, Fleet, MachineInfo, MemoryMap
 from kvmd.guests import GUESTS
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 TARGET = 2.0
 """What a small GET may cost at most, in echoes."""

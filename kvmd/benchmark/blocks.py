@@ -15,7 +15,7 @@ from kvmd.benchmark.measure import Options, Ratio, Report, Series, take_turns_to
 from kvmd.benchmark.runs import Load, run_kvmd, timed_open
 from kvmd.guests import GUESTS
 from kvmd.protection import emulated
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.units import GIB, KIB, MIB, format_size
 
 _BLOCKS = (512 * KIB, 1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB)

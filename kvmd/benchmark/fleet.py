@@ -18,7 +18,7 @@ from kvmd.benchmark.runs import require_kvm
 from kvmd.benchmark.start import first_byte_of_run
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.guests import GUESTS
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 TARGET_RATIO = 1.5
 """From the request to the guest's first output, beside QEMU's microvm."""

@@ -28,7 +28,7 @@ from kvmd.conversion_service import ConversionService
 from kvmd.errors import HostError
 from kvmd.guests import GUESTS
 from kvmd.machine import Machine
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import StopReason
 from kvmd.units import GIB, MIB, PAGE_SIZE, format_size
 

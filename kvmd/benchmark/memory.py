@@ -16,7 +16,7 @@ from kvmd.benchmark.runs import require_kvm, timed_open
 from kvmd.benchmark.sources import ROOT
 from kvmd.errors import KvmdError
 from kvmd.guests import GUESTS
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.units import GIB, MIB, TIB, format_size
 
 _KEYS = ("MemAvailable", "VmallocUsed", "Slab")

@@ -19,7 +19,7 @@ from kvmd.conversion.ring import DEFAULT_CAPACITY, RecordReader
 from kvmd.errors import HostError
 from kvmd.guests import GUESTS
 from kvmd.machine import Machine
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import Stop, StopReason
 from kvmd.units import MIB, PAGE_SIZE
 

@@ -29,7 +29,7 @@ from kvmd.errors import MachineSilent
 from kvmd.fleet.asking import REQUEST_SECONDS
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.guests import GUESTS
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 MACHINES = (1, 2, 4, 16, 64, 100)
 

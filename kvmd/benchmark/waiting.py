@@ -21,7 +21,7 @@ from kvmd.fleet.daemon import run_daemon
 from kvmd.fleet.local import LocalFleet
 from kvmd.fleet.unit_pool import UnitPool
 from kvmd.machine_process.folder import ExitFile
-from kvmd.spec import LimitsSpec
+from kvmd.spec.limits import LimitsSpec
 
 SERVING = b"serving"
 _SPARE = 2

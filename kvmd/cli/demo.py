@@ -19,7 +19,7 @@ from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
 from kvmd.ranges import GpaRange, PageState
 from kvmd.runnable import Runnable
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import StopReason
 
 DEFAULT_GUESTS = ("hello", "pingpong", "contend", "explicit")

@@ -18,7 +18,7 @@ from kvmd.machine import Machine
 from kvmd.nonblocking import NonBlockingWriter, write_within
 from kvmd.options import log_options, machine_options
 from kvmd.runnable import SHUTDOWN_SECONDS
-from kvmd.spec import MachineSpec, load_spec, resolve_file, resolve_image
+from kvmd.spec.machine import MachineSpec, load_spec, resolve_file, resolve_image
 from kvmd.stop import RESERVED_STATUSES, ExitStatus, LinuxStatus
 
 STDERR = "-"

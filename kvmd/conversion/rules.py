@@ -19,14 +19,15 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from kvmd.conversion.changes import Change, Failure, FailureKind, ImplicitPolicy, Limits, Ticket
+from kvmd.conversion import refusals
+from kvmd.conversion.changes import Change, Failure, ImplicitPolicy, Limits, Ticket
 from kvmd.conversion.messages import DONE, EXPLICIT, IMPLICIT, Answer, GuestResult, Outcome
 from kvmd.conversion.no_progress import NoProgressWatch
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
 from kvmd.ranges import GpaRange, PageState
-from kvmd.stop import Stop, StopReason
-from kvmd.units import PAGE_MASK, format_size
+from kvmd.stop import Stop
+from kvmd.units import PAGE_MASK
 
 SHORT_TURNS = 8
 """Requests that fit in one chunk and may go before the next chunk of a longer one."""
@@ -263,7 +264,7 @@ class ConversionRules:
         ):
             return False
         if not self._has_room():
-            self._fail_ticket(ticket, _STATE_EXHAUSTED)
+            self._settle(ticket, refusals.failed(request, refusals.STATE_EXHAUSTED))
             return False
         return True
 
@@ -279,13 +280,7 @@ class ConversionRules:
         if policy is ImplicitPolicy.DENY or (
             policy is ImplicitPolicy.KEEP_EXPLICIT and any(segment.is_explicit for segment in moving)
         ):
-            stop = Stop.because(
-                StopReason.IMPLICIT_DENIED,
-                f'implicit conversion denied (conversion.implicit = "{policy.value}"): gpa {request.gpa:#x} size '
-                f"{request.size_bytes:#x}, to {request.to.value}",
-                vcpu=request.vcpu,
-            )
-            self._settle(ticket, Answer(Outcome.REFUSED, stop=stop))
+            self._settle(ticket, refusals.denied(request, policy))
             return False
         return True
 
@@ -378,26 +373,10 @@ class ConversionRules:
             self._settle(ticket, DONE)
 
     def _refuse(self, ticket: Ticket) -> None:
-        """Nothing that can be done: a hypercall gets EINVAL and goes on, a fault cannot."""
-        request = ticket.request
-        stop = None
-        if request.cause is IMPLICIT:
-            range_ = ticket.range
-            where = f"gpa {request.gpa:#x} size {request.size_bytes:#x}, to {request.to.value}"
-            if range_ is None or range_.end > self._memory_end:
-                stop = Stop.because(
-                    StopReason.FAULT_OUTSIDE_MEMORY,
-                    f"memory fault outside memory of {format_size(self._memory_end)}: {where}",
-                    vcpu=request.vcpu,
-                )
-            else:
-                stop = Stop.because(
-                    StopReason.PINNED_MEMORY,
-                    f"fault for a conversion of pinned memory [0x0, {self._pinned_end:#x}) (image, page tables, "
-                    f"stacks, boot information), which stays as it is: {where}",
-                    vcpu=request.vcpu,
-                )
-        self._settle(ticket, Answer(Outcome.REFUSED, GuestResult.EINVAL, stop=stop))
+        answer = refusals.impossible(
+            ticket.request, ticket.range, pinned_end=self._pinned_end, memory_end=self._memory_end
+        )
+        self._settle(ticket, answer)
 
     def _fail(self, work: _Work | Change, failure: Failure) -> None:
         for ticket in work.tickets:
@@ -406,27 +385,7 @@ class ConversionRules:
                 self._progress.converted(ticket.request, self.sequence)
                 self._settle(ticket, DONE)
             else:
-                self._fail_ticket(ticket, failure)
-
-    def _fail_ticket(self, ticket: Ticket, failure: Failure) -> None:
-        """The host could not: a hypercall may try again, a fault would come back for ever."""
-        request = ticket.request
-        stop = None
-        if request.cause is IMPLICIT:
-            reason = StopReason.STATE_EXHAUSTED if failure is _STATE_EXHAUSTED else _STOP_REASON[failure.kind]
-            stop = Stop.because(
-                reason,
-                f"{failure.message}, in converting gpa {request.gpa:#x} size {request.size_bytes:#x} "
-                f"to {request.to.value}",
-                vcpu=request.vcpu,
-            )
-        self._settle(ticket, Answer(Outcome.FAILED, GuestResult.EAGAIN, stop=stop))
+                self._settle(ticket, refusals.failed(ticket.request, failure))
 
 
 _SPURIOUS = Answer(Outcome.SPURIOUS)
-_STATE_EXHAUSTED = Failure(FailureKind.REFUSED, "no room for more ranges of page state (conversion.max_ranges)")
-_STOP_REASON = {
-    FailureKind.SLOTS: StopReason.MEMSLOTS_EXHAUSTED,
-    FailureKind.DISCARD_FIRST: StopReason.DISCARD_FAILED,
-    FailureKind.REFUSED: StopReason.BACKEND_FAILED,
-}

@@ -10,7 +10,7 @@ import msgspec
 
 from kvmd.conversion.hottest import HotRange
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 MachineState = Literal["created", "running", "paused", "stopped"]
 """``created``: a process with memory and vCPUs that has not run yet. ``stopped``: the process is gone, but

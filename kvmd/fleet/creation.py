@@ -15,11 +15,11 @@ from kvmd.errors import ConfigError, HostError, ImageError, KvmdError, MachineEx
 from kvmd.fleet.base import MachineInfo
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.parent import Parent
-from kvmd.fleet.recovery import open_pidfd
 from kvmd.fleet.state_folder import StateFolder
+from kvmd.fleet.which_process import open_pidfd
 from kvmd.machine_process.folder import MACHINE, PROCESS, MachineFile, MachineFolder, ProcessFile, listen_in
 from kvmd.machine_process.spawning import Birth
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 _READ_BYTES = 65536
 _KINDS = {"config": ConfigError, "image": ImageError, "host": HostError}

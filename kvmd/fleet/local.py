@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import structlog
 import trio
 
-from kvmd.errors import HostError, MachineExists, MachineSilent, MachineStateError, NoSuchDevice, UnknownMachine
-from kvmd.fleet import looking
+from kvmd.errors import MachineExists, MachineStateError, UnknownMachine
+from kvmd.fleet import looking, stopping
 from kvmd.fleet.agent import MachineAgent
 from kvmd.fleet.all_events import AllEvents, Newcomers
 from kvmd.fleet.asking import ALIVE, ask
@@ -28,45 +28,29 @@ from kvmd.fleet.base import (
     state_of,
 )
 from kvmd.fleet.creation import Creator
+from kvmd.fleet.ending import Endings
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.following import MachineConsole, OutputFollower
 from kvmd.fleet.machine_events import MachineEvents
 from kvmd.fleet.parent import Parent
 from kvmd.fleet.places import never_an_id, parse_place, parse_places
-from kvmd.fleet.recovery import conclude, process_of, recover
+from kvmd.fleet.recovery import recover
 from kvmd.fleet.spawner_link import SPAWNER, SpawnerLink
 from kvmd.fleet.state_folder import StateFolder
 from kvmd.fleet.streams import PlacedStream
 from kvmd.fleet.unit_pool import UnitPool
 from kvmd.fleet.units import SystemdUnits, Units
-from kvmd.machine_process.folder import (
-    CONSOLE,
-    END,
-    EXIT,
-    LOG,
-    BadFile,
-    EndFile,
-    ExitFile,
-    ProcessFile,
-)
+from kvmd.fleet.which_process import process_of
+from kvmd.machine_process.folder import CONSOLE, LOG
 from kvmd.machine_process.lifecycle import Change
 from kvmd.machine_process.messages import (
     AskPause,
     AskResume,
     AskStart,
-    AskStop,
-    PressPowerButton,
     Request,
     Status,
 )
-from kvmd.machine_process.spawning import Reaped
-from kvmd.runnable import SHUTDOWN_SECONDS
-from kvmd.spec import NAME_LIMIT, MachineSpec
-
-_LAST_WORDS_SECONDS = 5.0
-"""How long the parent of a process may take to say how it ended."""
-
-_LOOK_SECONDS = 0.02
+from kvmd.spec.machine import NAME_LIMIT, MachineSpec
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
 
@@ -118,12 +102,12 @@ class LocalFleet:
     ) -> None:
         self._state = state
         self._nursery = nursery
-        self._parent: Parent = SpawnerLink(spawner, self._note_reaped) if pool is None else pool
+        self._endings = Endings(entries, units)
+        self._parent: Parent = SpawnerLink(spawner, self._endings.note) if pool is None else pool
         self._units = units
         self._creator = Creator(state, self._parent)
         self._entries = entries
         self._reserved: set[str] = set()
-        self._reaped: dict[int, Reaped] = {}
         self._newcomers = Newcomers()
 
     async def take_over(self) -> None:
@@ -171,9 +155,7 @@ class LocalFleet:
             if entry.info.state not in {"created", "stopped"}:
                 raise MachineStateError("delete", needed="created or stopped", found=entry.info.state)
             if not entry.ended:
-                entry.killed = True
-                entry.kill()
-                await entry.wait(lambda: entry.ended)
+                await stopping.kill(entry)
             try:
                 self._state.remove(name)
             except OSError as error:
@@ -184,10 +166,7 @@ class LocalFleet:
         _log.info("machine-deleted", machine=name)
 
     async def stop_all(self, seconds: float, *, hurry: trio.Event | None = None) -> None:
-        """Stop all machines, and kill those that have not stopped within ``seconds``; those not started are killed.
-
-        Guests that have a power button are asked by it first, and stopped when they have not shut down within
-        ``SHUTDOWN_SECONDS``.
+        """Stop all machines side by side, each as ``kvmd.fleet.stopping.stop_or_kill`` says.
 
         Args:
             seconds: how long a machine that is stopped may take; 0: all of them are killed at once.
@@ -197,7 +176,7 @@ class LocalFleet:
         async with trio.open_nursery() as nursery:
             for entry in self._entries.values():
                 if not entry.ended:
-                    nursery.start_soon(self._stop_or_kill, entry, seconds, hurry)
+                    nursery.start_soon(stopping.stop_or_kill, entry, seconds, hurry)
 
     # -- what one machine does
 
@@ -216,21 +195,13 @@ class LocalFleet:
     async def stop(self, name: str) -> MachineInfo:
         """Ask a running or paused machine to stop, and wait until it has."""
         entry = self._entry(name)
-        if entry.ended:
-            raise MachineStateError("stop", needed="running or paused", found="stopped")
-        try:
-            await ask(entry, "stop", AskStop(), Status)
-        except MachineStateError as error:
-            # "stopped" means here: somebody else was first, and its process is about to end.
-            if error.found != "stopped":
-                raise
-        await entry.wait(lambda: entry.ended)
+        await stopping.stop(entry)
         return entry.info
 
     async def press_power_button(self, name: str) -> MachineInfo:
         """Ask a running machine's guest to shut down."""
         entry = self._entry(name)
-        await ask(entry, "press the power button", PressPowerButton(), Status, needed="running")
+        await stopping.press_power_button(entry)
         return entry.info
 
     async def balloon(self, name: str) -> Balloon:
@@ -246,9 +217,7 @@ class LocalFleet:
         entry = self._entry(name)
         if entry.ended:
             raise MachineStateError("kill", needed=ALIVE, found="stopped")
-        entry.killed = True
-        entry.kill()
-        await entry.wait(lambda: entry.ended)
+        await stopping.kill(entry)
         return entry.info
 
     async def wait(self, name: str, states: frozenset[MachineState]) -> MachineInfo:
@@ -353,53 +322,13 @@ class LocalFleet:
             self._nursery.start_soon(self._watch, entry)
 
     async def _watch(self, entry: Entry) -> None:
-        """See the machine's end, however it comes."""
-        await entry.wait_exit()
-        pid = entry.info.pid
-        exit_ = None if entry.killed else await self._how_it_ended(entry)
-        conclude(entry, exit_)
+        await self._endings.see(entry)
         self._parent.release(process_of(entry.folder).unit)
-        if pid is not None:
-            self._reaped.pop(pid, None)
         end = entry.info.end
         if end is not None:
             (_log.warning if end.signal is not None and not entry.killed else _log.info)(
                 "machine-stopped", machine=entry.name, reason=end.reason, message=end.message, status=end.status
             )
-
-    async def _how_it_ended(self, entry: Entry) -> ExitFile | None:
-        """Return how the process ended, where it has not written that down itself."""
-        pid = entry.info.pid
-        process = process_of(entry.folder)
-        with trio.move_on_after(_LAST_WORDS_SECONDS):
-            while True:
-                try:
-                    if entry.folder.read(END, EndFile) is not None:
-                        return None
-                    exit_ = entry.folder.read(EXIT, ExitFile)
-                except BadFile:
-                    return None
-                if exit_ is not None:
-                    return exit_
-                if pid in self._reaped:
-                    reaped = self._reaped[pid]
-                    return ExitFile(pid, reaped.status, reaped.signal, time.time_ns())
-                if process.unit and (told := await self._asked(process)) is not None:
-                    return told
-                # Its parent may be the spawner of an earlier daemon, which tells nobody but the folder.
-                await trio.sleep(_LOOK_SECONDS)
-        return None
-
-    async def _asked(self, process: ProcessFile) -> ExitFile | None:
-        try:
-            return await self._units.end_of(process.unit, process.invocation)
-        except HostError as error:
-            _log.error("unit-not-asked", unit=process.unit, problem=str(error))
-            return None
-
-    def _note_reaped(self, reaped: Reaped) -> None:
-        if any(entry.info.pid == reaped.pid for entry in self._entries.values()):
-            self._reaped[reaped.pid] = reaped
 
     async def _change(self, name: str, action: str, request: Request, *, needed: str, change: Change) -> MachineInfo:
         entry = self._entry(name)
@@ -417,35 +346,6 @@ class LocalFleet:
             else:
                 entry.change(state_of(status.state), started_ns=status.started_ns)
             return entry.info
-
-    async def _stop_or_kill(self, entry: Entry, seconds: float, hurry: trio.Event) -> None:
-        if seconds and entry.info.spec.kernel is not None and entry.info.state == "running":
-            await self._shut_down(entry, hurry)
-        with trio.move_on_after(seconds):
-            with suppress(MachineStateError, MachineSilent, UnknownMachine):
-                await self.stop(entry.name)
-        if not entry.ended:
-            entry.killed = True
-            entry.kill()
-            await entry.wait(lambda: entry.ended)
-
-    async def _shut_down(self, entry: Entry, hurry: trio.Event) -> None:
-        """Press a guest's power button, and wait until it has shut down, or need not be waited for any more."""
-        async with trio.open_nursery() as nursery:
-
-            async def need_not_wait() -> None:
-                await hurry.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(need_not_wait)
-            nursery.cancel_scope.deadline = trio.current_time() + SHUTDOWN_SECONDS
-            with suppress(NoSuchDevice, MachineStateError, MachineSilent, UnknownMachine):
-                await self.press_power_button(entry.name)
-                _log.info("machine-shutting-down", machine=entry.name, seconds=SHUTDOWN_SECONDS)
-                await entry.wait(lambda: entry.ended)
-            nursery.cancel_scope.cancel()
-        if not entry.ended:
-            _log.warning("machine-not-shut-down", machine=entry.name, consequence="it is stopped")
 
 
 def _as_events(followed: MachineEvents, name: str) -> EventStream:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import trio
 
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 
 class Parent(Protocol):

@@ -12,49 +12,30 @@ import structlog
 import trio
 
 from kvmd.errors import KvmdError
-from kvmd.fleet.base import MachineEnd, MachineInfo, state_of
+from kvmd.fleet.base import MachineInfo, state_of
+from kvmd.fleet.ending import conclude
 from kvmd.fleet.entry import Entry
-from kvmd.fleet.looking import conversions_of_ended
 from kvmd.fleet.state_folder import StateFolder
 from kvmd.fleet.units import Units
+from kvmd.fleet.which_process import open_pidfd, process_of
 from kvmd.machine_process.client import ControlClient, HungUp
-from kvmd.machine_process.counting import counted
 from kvmd.machine_process.folder import (
     END,
     EXIT,
     MACHINE,
-    PROCESS,
     BadFile,
     EndFile,
     ExitFile,
     MachineFile,
     MachineFolder,
-    ProcessFile,
     boot_id,
-    start_ticks,
 )
 from kvmd.machine_process.framing import BadMessage
-from kvmd.machine_process.kept_conversions import settle_conversions
-from kvmd.machine_process.messages import AskInfo, CounterValues, Greeting, Info
-from kvmd.machine_process.steps import Steps, read_steps
-from kvmd.spec import NAME_PATTERN
-from kvmd.stop import ExitStatus, StopReason
-from kvmd.units import format_size
+from kvmd.machine_process.messages import AskInfo, Greeting, Info
+from kvmd.spec.machine import NAME_PATTERN
 
 ANSWER_SECONDS = 5.0
 """How long a machine may take to answer a new daemon."""
-
-PROCESS_DIED = "process-died"
-OUT_OF_MEMORY = "out-of-memory"
-"""The kernel ended the process, since it or the host was out of memory."""
-
-_RESULTS = {
-    "oom-kill": (OUT_OF_MEMORY, "the kernel ended its process for want of memory"),
-    "watchdog": (PROCESS_DIED, "its process was ended by systemd, since its event loop stood still"),
-}
-"""What systemd says of ends that a signal alone does not tell (systemd.exec(5), SERVICE_RESULT)."""
-
-_SIGNALLED = 128
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.fleet")
 
@@ -157,87 +138,6 @@ async def _recover_folder(folder: MachineFolder, name: str, units: Units) -> Ent
     return entry
 
 
-def conclude(entry: Entry, exit_: ExitFile | None = None) -> None:
-    """Note how a machine ended, and write it down where its process could not.
-
-    Args:
-        entry: of a machine whose process is gone.
-        exit_: how the process ended, where its parent told; else what it wrote down counts.
-    """
-    folder, name = entry.folder, entry.name
-    end: EndFile | None = None
-    try:
-        end = folder.read(END, EndFile)
-        if end is None and exit_ is None:
-            exit_ = folder.read(EXIT, ExitFile)
-    except BadFile as error:
-        _log.error("machine-file-unusable", machine=name, problem=str(error))
-    if end is None:
-        end = msgspec.structs.replace(_violent_end(exit_, entry), counters=_counters_left(entry))
-        _write_violent_end(folder, name, end)
-    try:
-        steps = read_steps(folder.fd)
-    except OSError as error:
-        _log.error("machine-file-unusable", machine=name, problem=str(error))
-        steps = []
-    if end.facts and not entry.info.facts:
-        entry.info = msgspec.structs.replace(entry.info, facts=end.facts)
-    entry.end(
-        MachineEnd(end.reason, end.message, end.status, end.signal, end.wall_ns),
-        counters=end.counters,
-        steps=steps,
-        started_ns=end.started_ns,
-    )
-
-
-def _violent_end(exit_: ExitFile | None, entry: Entry) -> EndFile:
-    wall_ns = time.time_ns() if exit_ is None else exit_.wall_ns
-    if entry.killed:
-        return EndFile(StopReason.KILLED.value, "killed by the operator", ExitStatus.KILLED, 9, wall_ns)
-    if exit_ is None or (exit_.signal is None and exit_.status is None):
-        gone = "its process is gone, and nobody saw how it ended"
-        return EndFile(PROCESS_DIED, gone, ExitStatus.INTERNAL, None, wall_ns)
-    number, status = exit_.signal, exit_.status
-    if number is not None:
-        reason, message = PROCESS_DIED, f"its process was ended by signal {number}"
-    else:
-        reason, message = PROCESS_DIED, f"its process ended with status {status}, without a word"
-    reason, message = _RESULTS.get(exit_.result, (reason, message))
-    if reason == OUT_OF_MEMORY:
-        most = entry.info.spec.limits.memory
-        message += f": limits.memory is {format_size(most)}" if most is not None else ": the host's, it has no limit"
-    return EndFile(reason, message, _SIGNALLED + number if number is not None else status or 0, number, wall_ns)
-
-
-def _counters_left(entry: Entry) -> CounterValues | None:
-    """Return what a machine that ended violently is known to have done."""
-    try:
-        left = settle_conversions(entry.folder)
-    except (BadFile, OSError) as error:
-        _log.error("machine-file-unusable", machine=entry.name, problem=str(error))
-        left = conversions_of_ended(entry)
-    return None if left is None else counted(left)
-
-
-def _write_violent_end(folder: MachineFolder, name: str, end: EndFile) -> None:
-    try:
-        steps = Steps(folder.fd, _raise)
-        try:
-            if not steps.ended:
-                steps.tell(
-                    "stopped", "stopped", reason=end.reason, message=end.message, status=end.status, signal=end.signal
-                )
-        finally:
-            steps.close()
-        folder.write(END, end, durable=True)
-    except OSError as error:
-        _log.error("machine-file-not-written", machine=name, problem=str(error))
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
 async def _ask(folder: MachineFolder, name: str) -> tuple[Greeting | None, Info | None]:
     greeting: Greeting | None = None
     try:
@@ -267,15 +167,6 @@ async def _unit_exit(folder: MachineFolder, units: Units) -> ExitFile | None:
     return None
 
 
-def process_of(folder: MachineFolder) -> ProcessFile:
-    """Return which process a machine is, or was; one of number 0 where its folder does not say."""
-    try:
-        found = folder.read(PROCESS, ProcessFile)
-    except BadFile:
-        found = None
-    return found if found is not None else ProcessFile(0, 0, "")
-
-
 def _pidfd(folder: MachineFolder, greeting: Greeting | None) -> int | None:
     """Return a descriptor of the machine's process, or None where it is gone."""
     if greeting is not None:
@@ -284,21 +175,3 @@ def _pidfd(folder: MachineFolder, greeting: Greeting | None) -> int | None:
     if process.pid <= 0 or process.boot_id != boot_id():
         return None
     return open_pidfd(process.pid, process.start_ticks)
-
-
-def open_pidfd(pid: int, ticks: int | None) -> int | None:
-    """Return a descriptor of the process, or None where there is none, or a later one of the same number.
-
-    Args:
-        pid: its number.
-        ticks: when it started; None for a child of whoever told the number, which cannot have been used again.
-    """
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return None
-    # In this order: what was looked at is then what the descriptor is of, or gone.
-    if ticks is not None and start_ticks(pid) != ticks:
-        os.close(pidfd)
-        return None
-    return pidfd

@@ -14,7 +14,7 @@ import trio
 
 from kvmd.errors import ConfigError, HostError
 from kvmd.machine_process.spawning import PACKET_LIMIT, Reaped, Spawn, Spawned
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 SPAWNER = (sys.executable, "-P", "-m", "kvmd.machine_process.spawner")
 """The command that starts one: it takes its socket's descriptor as one more argument."""

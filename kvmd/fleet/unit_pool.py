@@ -27,7 +27,7 @@ from kvmd.fleet.pool_plan import PoolPlan
 from kvmd.fleet.units import Units
 from kvmd.machine_process.cgroup import unit_name, unit_number
 from kvmd.machine_process.spawning import PACKET_LIMIT, Become, Waiting
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 _BACKLOG = 128
 _PEER = struct.Struct("iii")

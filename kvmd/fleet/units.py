@@ -20,7 +20,7 @@ import trio
 from kvmd.errors import HostError
 from kvmd.machine_process.cgroup import cgroup_of, lacking_limits, unit_name, unit_number
 from kvmd.machine_process.folder import ExitFile
-from kvmd.spec import TASKS_LIMIT, LimitsSpec
+from kvmd.spec.limits import TASKS_LIMIT, LimitsSpec
 
 _IN_FORCE_SECONDS = 5.0
 _LOOK_SECONDS = 0.005

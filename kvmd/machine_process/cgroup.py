@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kvmd.spec import TASKS_LIMIT, LimitsSpec
+from kvmd.spec.limits import TASKS_LIMIT, LimitsSpec
 
 _MOUNT = Path("/sys/fs/cgroup")
 _UNIT = re.compile(r"kvmd-machine@([1-9][0-9]{0,8})\.service", re.ASCII)

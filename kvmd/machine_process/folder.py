@@ -37,7 +37,7 @@ from kvmd.closing import Closing
 from kvmd.conversion.record import ConversionRecord
 from kvmd.errors import KvmdError
 from kvmd.machine_process.messages import CounterValues, encode_hook
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 MACHINE = "machine.json"
 CONTROL = "control"

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from kvmd.devices.console_input import ConsoleInput
 from kvmd.runnable import Runnable
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.virtio.host_port import HostPort
 
 

@@ -24,7 +24,7 @@ import msgspec
 
 from kvmd.conversion.record import ConversionRecord
 from kvmd.machine_process.lifecycle import LifecycleEvent
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 
 PROTOCOL = 1
 

@@ -36,7 +36,7 @@ from kvmd.machine_process.host import MachineHost
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.spawning import Birth
 from kvmd.service_manager import ServiceManager
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import ExitStatus
 
 _OOM_SCORE = 300

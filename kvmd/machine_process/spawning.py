@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from kvmd.spec import DISKS_LIMIT
+from kvmd.spec.disks import DISKS_LIMIT
 
 PACKET_LIMIT = 4096
 """Bytes of one message, at most."""

@@ -12,7 +12,6 @@ nothing of it shows up later, the side that becomes live is emptied before it do
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Generic
 
 from kvmd.conversion.changes import Failure, FailureKind
@@ -20,7 +19,7 @@ from kvmd.errors import BackendError, HostError
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
 from kvmd.memory.range_set import RangeSet
-from kvmd.protection.attributes import ATTRIBUTE_PRIVATE, SLOT_BYTES, parts, set_in_chunks, told
+from kvmd.protection.attributes import ATTRIBUTE_PRIVATE, SLOT_BYTES, parts, remove_slots, set_in_chunks, told
 from kvmd.protection.base import Applied
 from kvmd.protection.two_views import Tripwire, TwoViews
 from kvmd.protection.vm import AttributeVm, F
@@ -92,12 +91,7 @@ class AttributeViews(TwoViews, Generic[F]):
 
     def close(self) -> None:
         """Remove the memslots together with the attributes of their pages; harmless the second time."""
-        while self._slots:
-            # What KVM does not take back goes with the VM.
-            with suppress(BackendError):
-                range_ = self._slots.pop()
-                self._vm.delete_memory_region(len(self._slots))
-                set_in_chunks(self._vm, range_, 0)
+        remove_slots(self._vm, self._slots)
 
     # -- slots and attributes ----------------------------------------------------------------------------------
 

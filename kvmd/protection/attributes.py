@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno as errno_codes
 from collections.abc import Iterator
+from contextlib import suppress
 
 from kvmd.errors import BackendError
 from kvmd.protection.vm import AttributeVm, F
@@ -42,6 +43,21 @@ def set_in_chunks(vm: AttributeVm[F], range_: GpaRange, attributes: int) -> None
     """
     for part in parts(range_, CHUNK_BYTES):
         vm.set_memory_attributes(part, attributes)
+
+
+def remove_slots(vm: AttributeVm[F], slots: list[GpaRange]) -> None:
+    """Remove memslots together with the attributes of their pages, the last one first.
+
+    Args:
+        vm: where they are.
+        slots: the memory of each, by number; empty when this returns.
+    """
+    while slots:
+        # What KVM does not take back goes with the VM.
+        with suppress(BackendError):
+            range_ = slots.pop()
+            vm.delete_memory_region(len(slots))
+            set_in_chunks(vm, range_, 0)
 
 
 def told(error: BackendError) -> str:

@@ -14,7 +14,6 @@ before it becomes live, too.
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from typing import Generic
 
 from kvmd.conversion.changes import Failure, FailureKind
@@ -23,7 +22,7 @@ from kvmd.errors import BackendError, HostError
 from kvmd.hv.exits import MemoryFault
 from kvmd.memory.backing import Backing
 from kvmd.memory.page_state import PageStateMap
-from kvmd.protection.attributes import ATTRIBUTE_PRIVATE, SLOT_BYTES, parts, set_in_chunks, told
+from kvmd.protection.attributes import ATTRIBUTE_PRIVATE, SLOT_BYTES, parts, remove_slots, set_in_chunks, told
 from kvmd.protection.base import Applied
 from kvmd.protection.vm import AttributeVm, M
 from kvmd.ranges import PRIVATE, SHARED, GpaRange, PageState
@@ -134,12 +133,7 @@ class GuestMemfdProtection(Generic[M]):
 
     def close(self) -> None:
         """Remove the memslots together with the attributes of their pages; harmless the second time."""
-        while self._slots:
-            # What KVM does not take back goes with the VM.
-            with suppress(BackendError):
-                range_ = self._slots.pop()
-                self._vm.delete_memory_region(len(self._slots))
-                set_in_chunks(self._vm, range_, 0)
+        remove_slots(self._vm, self._slots)
         if self._memfd is not None:
             self._memfd.close()
             self._memfd = None

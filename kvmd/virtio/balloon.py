@@ -12,7 +12,8 @@ from kvmd.errors import BackendError
 from kvmd.ranges import GPA_LIMIT, GpaRange
 from kvmd.units import PAGE_SIZE, page_ceil, page_floor
 from kvmd.virtio.abi import DeviceId
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.activation import Activation
+from kvmd.virtio.device_model import Host
 from kvmd.virtio.live_queue import LiveQueue
 from kvmd.virtio.memory import GuestMemory, Segments, gather, split
 from kvmd.virtio.split_queue import Chain

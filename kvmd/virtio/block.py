@@ -8,6 +8,7 @@ import struct
 import trio
 
 from kvmd.virtio.abi import SECTOR_BYTES, DeviceId
+from kvmd.virtio.activation import Activation
 from kvmd.virtio.block_requests import (
     DISCARD_LIMIT_SECTORS,
     SEGMENTS_LIMIT,
@@ -15,7 +16,7 @@ from kvmd.virtio.block_requests import (
     ZEROES_LIMIT_SECTORS,
     BlockRequests,
 )
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.device_model import PlainModel
 from kvmd.virtio.disk import RawDisk
 
 F_SIZE_MAX = 1 << 1
@@ -38,7 +39,7 @@ _CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 _PAGE_BYTES = 4096
 
 
-class BlockDevice:
+class BlockDevice(PlainModel):
     """A disk.
 
     What the host has in its page cache is read by the event loop's thread, which does not wait for it; everything else
@@ -86,17 +87,6 @@ class BlockDevice:
             SEGMENTS_LIMIT,
             1,  # write zeroes may unmap
         )
-
-    def bind(self, host: Host) -> None:
-        """Nothing of the configuration ever changes."""
-
-    def refusal(self, features: int) -> str | None:  # noqa: ARG002 - the protocol has it
-        """Any choice of features will do."""
-        return None
-
-    def config_written(self, offset: int, data: bytes) -> bytes | None:  # noqa: ARG002 - the protocol has them
-        """Nothing of the configuration can be written."""
-        return None
 
     async def run(self, active: Activation) -> None:
         """Serve the queue until cancelled; waits for the I/O under way, but begins no other."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from kvmd.virtio.abi import SECTOR_BYTES
-from kvmd.virtio.device import Activation
+from kvmd.virtio.activation import Activation
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.live_queue import LiveQueue, QueueStopped, Ring
 from kvmd.virtio.memory import PART_BYTES, Segments, gather, scatter, split, total_bytes, views

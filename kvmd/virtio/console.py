@@ -7,8 +7,9 @@ import struct
 import trio
 
 from kvmd.virtio.abi import DeviceId
+from kvmd.virtio.activation import Activation
 from kvmd.virtio.console_control import PORT, PortControl
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.device_model import PlainModel
 from kvmd.virtio.host_port import HostPort
 from kvmd.virtio.live_queue import LiveQueue
 from kvmd.virtio.memory import GuestMemory, gather, scatter, split, total_bytes
@@ -32,7 +33,7 @@ CONTROL_LIMIT = 256
 _CONFIG = struct.Struct("<HHII")
 
 
-class ConsoleDevice:
+class ConsoleDevice(PlainModel):
     """A port: bytes both ways, in order, with back-pressure both ways.
 
     A driver that knows nothing of ports (VIRTIO_CONSOLE_F_MULTIPORT) has a console, ``hvc0`` of Linux, in its place.
@@ -51,17 +52,6 @@ class ConsoleDevice:
     def __init__(self, port: HostPort, name: str) -> None:
         self._port = port
         self._name = name
-
-    def bind(self, host: Host) -> None:
-        """Nothing of the configuration ever changes."""
-
-    def refusal(self, features: int) -> str | None:  # noqa: ARG002 - the protocol has it
-        """Any choice of features will do."""
-        return None
-
-    def config_written(self, offset: int, data: bytes) -> bytes | None:  # noqa: ARG002 - the protocol has them
-        """Nothing of the configuration that was offered can be written."""
-        return None
 
     async def run(self, active: Activation) -> None:
         """Serve the queues until cancelled."""

@@ -10,8 +10,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import structlog
 import trio
@@ -24,12 +22,13 @@ from kvmd.virtio.abi import (
     F_VERSION_1,
     INTERRUPT_CONFIG,
     INTERRUPT_QUEUE,
-    DeviceId,
     Status,
 )
-from kvmd.virtio.live_queue import LiveQueue, QueueStopped, Standstill, Transfers
+from kvmd.virtio.activation import Activation
+from kvmd.virtio.device_model import DeviceModel
+from kvmd.virtio.live_queue import LiveQueue, Standstill, Transfers
 from kvmd.virtio.memory import GuestMemory
-from kvmd.virtio.split_queue import QueueError, SplitQueue
+from kvmd.virtio.queue_setup import QueueSetup
 
 RESET_SECONDS = 1.0
 """How long a reset holds up the vCPU that asked for it while I/O straight into guest memory ends. After that the status
@@ -42,132 +41,6 @@ FAILURES_LOGGED = 8
 """A guest that breaks and resets a device for ever, or accepts what it was not offered, does not fill the log."""
 
 _log = structlog.get_logger(__name__)
-
-
-class Host(Protocol):
-    """The device, as its model sees it, to change the configuration. Thread-safe, never blocks."""
-
-    def set_config(self, config: bytes, *, tell: bool = True) -> None:
-        """Replace the configuration, and tell the driver."""
-
-
-class DeviceModel(Protocol):
-    """What kind of device it is, and what it does with its queues."""
-
-    @property
-    def device_id(self) -> DeviceId:
-        """Its type."""
-
-    @property
-    def queue_sizes(self) -> tuple[int, ...]:
-        """The largest size of each of its queues, in descriptors."""
-
-    @property
-    def features(self) -> int:
-        """Feature bits of this type of device that are offered."""
-
-    @property
-    def config(self) -> bytes:
-        """The configuration to begin with, also after a reset."""
-
-    def bind(self, host: Host) -> None:
-        """Take the way to change the configuration. Called once, before anything else."""
-
-    def refusal(self, features: int) -> str | None:
-        """Return why this choice of features cannot be, or None. Called in a vCPU's thread."""
-
-    def config_written(self, offset: int, data: bytes) -> bytes | None:
-        """Take what the driver writes to the configuration, and return the new one, if it changes.
-
-        Called in a vCPU's thread with the registers' lock held.
-        """
-
-    async def run(self, active: Activation) -> None:
-        """Serve the queues until cancelled.
-
-        Raises:
-            QueueStopped: the device was reset, or has failed.
-        """
-
-    def close(self) -> None:
-        """Give up what it holds; harmless the second time."""
-
-
-@dataclass(slots=True)
-class QueueSetup:
-    """What the driver said of one queue.
-
-    Attributes:
-        limit: its largest size.
-        size: descriptors, as the driver chose.
-        addresses: gpas of the descriptor table, the driver's and the device's ring.
-        ready: whether it is set up.
-    """
-
-    limit: int
-    size: int
-    addresses: list[int]
-    ready: bool = False
-
-
-class Activation:
-    """A device in use: from DRIVER_OK until a reset.
-
-    What an old activation has to say after a reset (its last interrupt, its failure) is no news to the new one, and
-    dropped.
-
-    Attributes:
-        device: the device.
-        features: what was negotiated.
-        queues: by index; those that the driver did not set up are not there.
-        memory: guest memory.
-        transfers: I/O under way straight into guest memory.
-        work: what worker threads have to do, and will have done soon: a pause waits for it.
-        standstill: the device's.
-    """
-
-    __slots__ = ("_ended", "device", "features", "memory", "queues", "standstill", "transfers", "work")
-
-    def __init__(self, device: VirtioDevice, features: int, memory: GuestMemory) -> None:
-        self.device = device
-        self.features = features
-        self.memory = memory
-        self.queues: dict[int, LiveQueue] = {}
-        self.transfers = Transfers()
-        self.work = Transfers()
-        self.standstill = device.standstill
-        self._ended = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether the device was reset or failed since."""
-        return self._ended
-
-    def fail(self, reason: str) -> None:
-        """Stop the device until a reset: the driver broke a rule. From any thread."""
-        self.device.fail(reason, self)
-
-    def interrupt(self) -> None:
-        """Tell the driver that buffers were given back. From any thread."""
-        self.device.interrupt(self)
-
-    def queue(self, index: int) -> LiveQueue:
-        """Return a queue that the device cannot do without.
-
-        Raises:
-            QueueStopped: the driver did not set it up, by which the device has failed.
-        """
-        queue = self.queues.get(index)
-        if queue is None:
-            self.fail(f"queue {index} was not set up before DRIVER_OK")
-            raise QueueStopped
-        return queue
-
-    def end(self) -> None:
-        """Say that it is over; the queues stop at once for everyone who is not within."""
-        self._ended = True
-        for queue in self.queues.values():
-            queue.give_up()
 
 
 class VirtioDevice(Closing):
@@ -221,7 +94,7 @@ class VirtioDevice(Closing):
         model.bind(self)
 
     def _new_queues(self) -> list[QueueSetup]:
-        return [QueueSetup(limit, limit, [0, 0, 0]) for limit in self.model.queue_sizes]
+        return [QueueSetup(index, limit, limit) for index, limit in enumerate(self.model.queue_sizes)]
 
     # -- a vCPU's thread, through the transport ------------------------------------------------------------------------
 
@@ -301,15 +174,9 @@ class VirtioDevice(Closing):
             queue = self.queues[index]
             if self._status & Status.DRIVER_OK or not self._status & Status.FEATURES_OK:
                 problem = f"queue {index} was set up out of turn"
-            elif not 1 <= queue.size <= queue.limit:
-                problem = f"queue {index} of {queue.size} descriptors: there may be {queue.limit}"
             else:
-                try:
-                    SplitQueue(self._memory, queue.size, _three(queue.addresses))
-                except QueueError as error:
-                    problem = f"queue {index}: {error}"
-                else:
-                    queue.ready = True
+                problem = queue.problem(self._memory)
+                queue.ready = problem is None
         if problem is not None:
             self.fail(problem)
 
@@ -371,13 +238,7 @@ class VirtioDevice(Closing):
         activation = Activation(self, self._accepted, self._memory)
         for index, setup in enumerate(self.queues):
             if setup.ready:
-                ring = SplitQueue(
-                    self._memory,
-                    setup.size,
-                    _three(setup.addresses),
-                    indirect_limit=setup.limit if self._accepted & F_INDIRECT_DESC else 0,
-                    event_idx=bool(self._accepted & F_EVENT_IDX),
-                )
+                ring = setup.rings(self._memory, self._accepted)
                 activation.queues[index] = LiveQueue(index, ring, self._memory, activation, self.notified[index])
         self._activation = activation
 
@@ -504,11 +365,6 @@ class VirtioDevice(Closing):
         for fd in fds:
             os.close(fd)
         self.model.close()
-
-
-def _three(addresses: list[int]) -> tuple[int, int, int]:
-    table, driver, device = addresses
-    return table, driver, device
 
 
 def _write_eventfd(fd: int) -> None:

@@ -7,7 +7,8 @@ import os
 import trio
 
 from kvmd.virtio.abi import DeviceId
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.activation import Activation
+from kvmd.virtio.device_model import PlainModel
 from kvmd.virtio.memory import scatter, total_bytes
 from kvmd.virtio.split_queue import QueueError
 
@@ -21,24 +22,13 @@ BATCH = 16
 needed: the host's generator does not run dry, and a guest that asks for ever has its turn like any other task."""
 
 
-class EntropyDevice:
+class EntropyDevice(PlainModel):
     """Random bytes from the host's generator (getrandom)."""
 
     device_id = DeviceId.ENTROPY
     queue_sizes = (QUEUE_SIZE,)
     features = 0
     config = b""
-
-    def bind(self, host: Host) -> None:
-        """There is no configuration."""
-
-    def refusal(self, features: int) -> str | None:  # noqa: ARG002 - the protocol has it
-        """There are no features to choose."""
-        return None
-
-    def config_written(self, offset: int, data: bytes) -> bytes | None:  # noqa: ARG002 - the protocol has them
-        """There is no configuration."""
-        return None
 
     async def run(self, active: Activation) -> None:
         """Serve the queue until cancelled."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 import trio
 
+from kvmd.closing import Closing
 from kvmd.errors import DeviceInUse
 
 
@@ -71,7 +70,7 @@ class HostPort:
             await self._connection.hand_over(data)
 
 
-class PortConnection:
+class PortConnection(Closing):
     """One program's connection to a port: a context manager.
 
     Args:
@@ -106,11 +105,3 @@ class PortConnection:
         """Leave; harmless the second time."""
         self._incoming.close()
         self._port.leave(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvmd.virtio.device import QueueSetup, VirtioDevice
+from kvmd.virtio.device import VirtioDevice
+from kvmd.virtio.queue_setup import QueueSetup
 
 REGION_BYTES = 0x200
 """Size of a device's region. The configuration, from 0x100 on, takes at most 60 bytes of it."""

@@ -10,7 +10,8 @@ import structlog
 import trio
 
 from kvmd.virtio.abi import DeviceId
-from kvmd.virtio.device import Activation, Host
+from kvmd.virtio.activation import Activation
+from kvmd.virtio.device_model import Host
 from kvmd.virtio.live_queue import LiveQueue, Ring
 from kvmd.virtio.memory import PART_BYTES, split, total_bytes, views
 from kvmd.virtio.net_buffers import HEADER_BYTES, ReceiveBuffers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import structlog
 import trio
 
-from kvmd.virtio.device import FAILURES_LOGGED, Activation, VirtioDevice
+from kvmd.virtio.activation import Activation
+from kvmd.virtio.device import FAILURES_LOGGED, VirtioDevice
 from kvmd.virtio.live_queue import QueueStopped
 
 _log = structlog.get_logger(__name__)

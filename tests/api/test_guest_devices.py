@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from kvmd.guests import GUESTS
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from tests.api.serving import Client, Serving, serving_api
 
 MIB = 1 << 20

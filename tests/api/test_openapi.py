@@ -14,7 +14,9 @@ from kvmd.api.app import make_fastapi
 from kvmd.api.problems import ProblemType
 from kvmd.api.services import Services
 from kvmd.cli.host_report import as_json, networks_json, report_of, without_kvm_json
-from kvmd.spec import ConversionSpec, LimitsSpec, MachineSpec
+from kvmd.spec.conversion import ConversionSpec
+from kvmd.spec.limits import LimitsSpec
+from kvmd.spec.machine import MachineSpec
 from tests.api.serving import HOST, serving_api
 from tests.api.write_openapi import COMMITTED, document
 from tests.fleet.fakes import FakeFleet

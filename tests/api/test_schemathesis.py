@@ -24,7 +24,7 @@ from hypothesis.strategies import SearchStrategy, one_of
 
 from kvmd.guests import GUESTS
 from kvmd.ranges import PageState
-from kvmd.spec import spec_of
+from kvmd.spec.machine import spec_of
 from kvmd.units import PAGE_SIZE
 from tests.api.serving import Serving, serving_api
 from tests.api.write_openapi import COMMITTED

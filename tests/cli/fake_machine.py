@@ -16,7 +16,7 @@ from kvmd.devices.console import ConsoleOutput
 from kvmd.devices.mmio import MmioCounter
 from kvmd.devices.ports import PortBus
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import STOPPED, Stop, StopReason
 from kvmd.units import PAGE_SIZE
 from tests.conversion.records import RECORD

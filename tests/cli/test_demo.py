@@ -14,7 +14,7 @@ from kvmd.conversion.messages import Outcome
 from kvmd.conversion.stats import ConversionStats
 from kvmd.guests import GUESTS
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import ExitStatus, Stop, StopReason
 from kvmd.units import MIB, PAGE_SIZE
 from tests.cli.fake_machine import FakeMachine, machine_class

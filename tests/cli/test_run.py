@@ -18,7 +18,7 @@ from kvmd.guests import GUESTS
 from kvmd.hv.vcpu import Registers
 from kvmd.nonblocking import NonBlockingWriter
 from kvmd.ranges import PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import ExitStatus, Stop, StopReason
 from kvmd.units import MIB
 from tests.cli.fake_machine import FakeMachine, Script, does_nothing, machine_class

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import trio
 
-from kvmd.fleet.base import Fleet
+from kvmd.fleet.base import Fleet, MachineInfo
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.spawner_link import SPAWNER
 from kvmd.guests import GUESTS
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from tests.fleet.fakes import FakeFleet
 from tests.gate import Facility, require_whole
 
@@ -27,6 +28,9 @@ MARK = "KVMD_TEST_PROCESSES_OF"
 """An environment variable that all processes of a test inherit, so that those left behind are found."""
 
 GONE_SECONDS = 10.0
+
+SECONDS = 90
+"""More than anything takes that is waited for."""
 
 
 def spec(name: str = "guest", **changes: object) -> MachineSpec:
@@ -59,6 +63,36 @@ class Site:
     def path(self, name: str) -> Path:
         """Return a machine's folder."""
         return self.folder / "machines" / name
+
+
+@asynccontextmanager
+async def opened(site: Site) -> AsyncIterator[LocalFleet]:
+    """Open a fleet; its machines go on when it is closed."""
+    with trio.fail_after(SECONDS):
+        async with site.open_local() as fleet:
+            yield fleet
+
+
+@asynccontextmanager
+async def last_opened(site: Site) -> AsyncIterator[LocalFleet]:
+    """Open a fleet, and end and delete all of its machines after it."""
+    async with opened(site) as fleet:
+        yield fleet
+        await fleet.stop_all(0)
+        for machine in fleet.machines():
+            await fleet.delete(machine.name)
+
+
+def pid_of(info: MachineInfo) -> int:
+    assert info.pid is not None
+    return info.pid
+
+
+async def gone(pidfd: int) -> None:
+    """Wait for a process to end."""
+    with trio.fail_after(SECONDS):
+        await trio.lowlevel.wait_readable(pidfd)
+    os.close(pidfd)
 
 
 def processes_of(mark: str) -> list[int]:
@@ -112,3 +146,11 @@ def kvm_site(tmp_path: Path, _no_process_left: None) -> Site:
     """Return a place for fleets of machines on KVM."""
     require_whole(Facility.KVM)
     return Site("kvm", tmp_path / "state")
+
+
+@pytest.fixture(params=["fake", pytest.param("kvm", marks=pytest.mark.kvm)])
+def local_site(request: pytest.FixtureRequest) -> Site:
+    """Return a place for fleets of real processes, with fake machines and on KVM."""
+    site = request.getfixturevalue(f"{request.param}_site")
+    assert isinstance(site, Site)
+    return site

@@ -21,7 +21,7 @@ from kvmd.errors import ImageError, MachineStateError
 from kvmd.memory.accessor import PrivateMemory
 from kvmd.memory.page_state import PageStateMap
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import STOPPED, Stop, StopReason
 from kvmd.units import PAGE_SIZE, page_ceil, page_floor
 from kvmd.virtio.host_port import HostPort

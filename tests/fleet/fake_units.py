@@ -13,7 +13,7 @@ import trio
 from kvmd.errors import HostError
 from kvmd.machine_process.cgroup import unit_number
 from kvmd.machine_process.folder import ExitFile
-from kvmd.spec import LimitsSpec
+from kvmd.spec.limits import LimitsSpec
 
 PROCESS = Path(__file__).with_name("waiting_process.py")
 

@@ -32,7 +32,7 @@ from kvmd.fleet.base import (
 from kvmd.fleet.streams import PlacedStream, Stream
 from kvmd.memory.accessor import PrivateMemory
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.units import PAGE_SIZE, page_ceil, page_floor
 
 EVENTS_KEPT = 1024

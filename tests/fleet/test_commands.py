@@ -20,11 +20,10 @@ from kvmd.guests import GUESTS
 from kvmd.machine_process.client import ControlClient, HungUp
 from kvmd.machine_process.folder import MACHINE, MachineFile, MachineFolder
 from kvmd.machine_process.messages import AskStart, Status, Type, Typed
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import NOT_SHUT_DOWN, ExitStatus
-from tests.fleet.conftest import Site, spec
+from tests.fleet.conftest import Site, last_opened, opened, spec
 from tests.fleet.test_contract import STOPPED, running
-from tests.fleet.test_processes import last_opened, opened
 
 SECONDS = 60
 

@@ -1,4 +1,4 @@
-"""Machines as processes: violent ends, a daemon that goes and comes back, a folder full of garbage, a full disk."""
+"""Machines as processes: a daemon that goes and comes back, a folder full of garbage, a full disk."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,136 +17,19 @@ import structlog
 import trio
 
 from kvmd.errors import HostError, MachineExists, MachineStateError
-from kvmd.fleet.base import Event, MachineInfo
+from kvmd.fleet.base import Event
 from kvmd.fleet.local import LocalFleet
 from kvmd.machine_process.client import ControlClient
 from kvmd.machine_process.folder import MachineFolder
-from kvmd.machine_process.kept_conversions import conversions_left
 from kvmd.machine_process.messages import FollowEvents, Type, Typed
-from tests.fleet.conftest import FAKE_SPAWNER, Site, parent_of, spec
+from tests.fleet.conftest import FAKE_SPAWNER, SECONDS, Site, gone, last_opened, opened, parent_of, pid_of, spec
 from tests.fleet.test_contract import STOPPED, in_short, running, until
-
-SECONDS = 90
-
-
-@pytest.fixture(params=["fake", pytest.param("kvm", marks=pytest.mark.kvm)])
-def local_site(request: pytest.FixtureRequest) -> Site:
-    """Return a place for fleets of real processes, with fake machines and on KVM."""
-    site = request.getfixturevalue(f"{request.param}_site")
-    assert isinstance(site, Site)
-    return site
-
-
-@asynccontextmanager
-async def opened(site: Site) -> AsyncIterator[LocalFleet]:
-    """Open a fleet; its machines go on when it is closed."""
-    with trio.fail_after(SECONDS):
-        async with site.open_local() as fleet:
-            yield fleet
-
-
-@asynccontextmanager
-async def last_opened(site: Site) -> AsyncIterator[LocalFleet]:
-    """Open a fleet, and end and delete all of its machines after it."""
-    async with opened(site) as fleet:
-        yield fleet
-        await fleet.stop_all(0)
-        for machine in fleet.machines():
-            await fleet.delete(machine.name)
-
-
-def pid_of(info: MachineInfo) -> int:
-    assert info.pid is not None
-    return info.pid
-
-
-async def gone(pidfd: int) -> None:
-    """Wait for a process to end."""
-    with trio.fail_after(SECONDS):
-        await trio.lowlevel.wait_readable(pidfd)
-    os.close(pidfd)
 
 
 async def console_of(fleet: LocalFleet, name: str = "guest") -> bytes:
     """Return all that a stopped machine printed."""
     async with fleet.console_output(name) as output:
         return b"".join([part.data async for part in output])
-
-
-# -- violent ends --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
-async def test_a_process_that_dies_is_seen_with_its_signal(local_site: Site, number: signal.Signals) -> None:
-    async with last_opened(local_site) as fleet:
-        await running(fleet)
-        seen: list[Event] = []
-        async with fleet.events("guest", last_id="0-0") as events:
-            os.kill(pid_of(fleet.machine("guest")), number)
-            seen = [event async for event in events if event.kind != "counters"]
-        info = await fleet.wait("guest", STOPPED)
-        assert info.end is not None
-        assert (info.end.reason, info.end.status, info.end.signal) == ("process-died", 128 + number, number)
-        assert f"signal {number:d}" in info.end.message
-        assert [in_short(event) for event in seen] == ["created", "started", "stopped"]
-        assert seen[-1].data["signal"] == number
-
-
-async def test_the_conversions_of_a_process_that_dies_stay(local_site: Site) -> None:
-    async with opened(local_site) as fleet:
-        await running(fleet)
-        async with fleet.events("guest", last_id="0-0") as events, fleet.console("guest") as console:
-            await console.send(b"sps")
-            seen: list[Event] = []
-            async for event in events:
-                if event.kind != "counters":
-                    seen.append(event)
-                if event.kind == "conversion" and event.data["sequence"] == 3:
-                    break
-            # Written by the same turns of its event loop, or by the ones some milliseconds later.
-            while conversions_left_of(local_site) != 3:  # noqa: ASYNC110 - another process writes it, and tells nobody
-                await trio.sleep(0.005)
-            os.kill(pid_of(fleet.machine("guest")), signal.SIGKILL)
-            await fleet.wait("guest", STOPPED)
-            assert [in_short(event) async for event in events if event.kind != "counters"] == ["stopped"]
-    # A daemon that was not there then knows them too.
-    async with last_opened(local_site) as fleet:
-        found = await fleet.conversions("guest", since=0, limit=100)
-        assert [record["sequence"] for record in found] == [1, 2, 3]
-        assert found[1:] == await fleet.conversions("guest", since=1, limit=100)
-        assert await fleet.last_conversion("guest") == 3
-        async with fleet.events("guest", last_id=seen[2].id) as events:
-            assert [in_short(event) async for event in events] == [2, 3, "stopped"]
-        counters = await fleet.counters("guest")
-        assert sum(counters.requests.values()) == 3
-        assert counters.lost == 0
-
-
-def conversions_left_of(site: Site) -> int:
-    with MachineFolder.open(site.path("guest")) as folder:
-        left = conversions_left(folder)
-        return 0 if left is None else left.count
-
-
-async def test_a_crash_leaves_its_traceback(fake_site: Site) -> None:
-    async with last_opened(fake_site) as fleet:
-        await running(fleet)
-        async with fleet.console("guest") as console:
-            with suppress(MachineStateError):  # it may end before it can say that it took the key
-                await console.send(b"!")
-            await fleet.wait("guest", STOPPED)
-        assert "Segmentation fault" in (fake_site.path("guest") / "stderr").read_text()
-
-
-@pytest.mark.kvm
-async def test_a_guest_that_cannot_go_on_is_told_from_a_process_that_died(kvm_site: Site) -> None:
-    async with last_opened(kvm_site) as fleet:
-        await running(fleet)
-        async with fleet.console("guest") as console:
-            await console.send(b"x")
-            info = await fleet.wait("guest", STOPPED)
-        assert info.end is not None
-        assert (info.end.reason, info.end.status, info.end.signal) == ("triple-fault", 122, None)
 
 
 async def test_sigterm_stops_a_machine_in_order(local_site: Site) -> None:
@@ -284,19 +166,6 @@ async def test_a_copy_of_the_lock_s_descriptor_keeps_nobody_out(fake_site: Site)
     finally:
         for fd in held:
             os.close(fd)
-
-
-async def test_stopping_everything_has_a_deadline(local_site: Site) -> None:
-    async with opened(local_site) as fleet:
-        for name in ("running", "stopped-by-signal", "created"):
-            await fleet.create(spec(name), owner_uid=0)
-        await fleet.start("running")
-        await fleet.start("stopped-by-signal")
-        silent = pid_of(fleet.machine("stopped-by-signal"))
-        os.kill(silent, signal.SIGSTOP)
-        await fleet.stop_all(1)
-        reasons = {machine.name: machine.end.reason for machine in fleet.machines() if machine.end}
-        assert reasons == {"running": "operator", "stopped-by-signal": "killed", "created": "killed"}
 
 
 _DAEMON = """

@@ -15,8 +15,7 @@ import trio
 
 from kvmd.machine_process.folder import EXIT, ExitFile, MachineFolder
 from kvmd.machine_process.spare import open_child
-from tests.fleet.conftest import MARK, Site, parent_of, processes_of, spec
-from tests.fleet.test_processes import SECONDS, gone, last_opened, opened, pid_of
+from tests.fleet.conftest import MARK, SECONDS, Site, gone, last_opened, opened, parent_of, pid_of, processes_of, spec
 
 
 async def spare_beside(*machines: int) -> int:

@@ -19,11 +19,10 @@ from kvmd.errors import ConfigError, HostError, ImageError
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.unit_pool import UnitPool
 from kvmd.machine_process.spawning import Waiting
-from kvmd.spec import LimitsSpec
-from tests.fleet.conftest import Site, spec
+from kvmd.spec.limits import LimitsSpec
+from tests.fleet.conftest import Site, last_opened, pid_of, spec
 from tests.fleet.fake_units import FakeUnits
 from tests.fleet.test_contract import STOPPED, running
-from tests.fleet.test_processes import last_opened, pid_of
 
 SECONDS = 30
 

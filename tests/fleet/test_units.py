@@ -10,7 +10,7 @@ import trio
 
 from kvmd.errors import HostError
 from kvmd.fleet.units import SystemdUnits
-from kvmd.spec import LimitsSpec
+from kvmd.spec.limits import LimitsSpec
 
 UNIT = "kvmd-machine@7.service"
 

@@ -16,7 +16,7 @@ from kvmd.conversion.record import ConversionRecord
 from kvmd.guests import GUESTS
 from kvmd.machine import Machine
 from kvmd.ranges import PageState
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import Stop
 from kvmd.units import MIB
 

@@ -16,7 +16,7 @@ from kvmd.errors import ConfigError, HostError, ImageError, MachineStateError
 from kvmd.guests import GUESTS
 from kvmd.kvm.system import Kvm
 from kvmd.machine import Machine
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from kvmd.stop import ExitStatus, Stop, StopReason
 from kvmd.units import MIB, TIB
 from tests.machine.conftest import RUN_SECONDS, OpenMachine

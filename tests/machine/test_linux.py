@@ -20,7 +20,7 @@ from kvmd.errors import BackendError, ConfigError, HostError, ImageError, KvmdEr
 from kvmd.machine import Machine
 from kvmd.network.own_thread import in_own_thread
 from kvmd.network.tap import Tap
-from kvmd.spec import spec_of
+from kvmd.spec.machine import spec_of
 from kvmd.stop import Stop, StopReason
 from kvmd.virtio.abi import F_VERSION_1
 from kvmd.virtio.mmio import MmioTransport

@@ -13,7 +13,7 @@ import trio
 
 from kvmd.linux.address_map import BUTTON_GSI, IOAPIC
 from kvmd.machine import Machine
-from kvmd.spec import spec_of
+from kvmd.spec.machine import spec_of
 from kvmd.stop import StopReason
 from tests.linux.kernels import running
 

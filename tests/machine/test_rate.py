@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from kvmd.conversion.rate_limit import BURST_NS
-from kvmd.spec import ConversionSpec
+from kvmd.spec.conversion import ConversionSpec
 from tests.machine.conftest import Ran
 
 Run = Callable[..., Awaitable[Ran]]

@@ -16,7 +16,7 @@ import trio
 from kvmd.conversion.messages import Cause, Outcome
 from kvmd.guests import GUESTS
 from kvmd.ranges import GpaRange, PageState
-from kvmd.spec import ConversionSpec
+from kvmd.spec.conversion import ConversionSpec
 from kvmd.stop import ExitStatus, StopReason
 from kvmd.units import MIB, PAGE_SIZE
 from tests.machine.conftest import OpenMachine, Ran, finish

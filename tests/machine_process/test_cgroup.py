@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvmd.machine_process.cgroup import cgroup_of, lacking_limits, unit_name, unit_number
-from kvmd.spec import LimitsSpec
+from kvmd.spec.limits import LimitsSpec
 
 MIB = 1 << 20
 

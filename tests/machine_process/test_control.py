@@ -46,7 +46,7 @@ from kvmd.machine_process.messages import (
     Typed,
 )
 from kvmd.memory.accessor import PrivateMemory
-from kvmd.spec import MachineSpec
+from kvmd.spec.machine import MachineSpec
 from tests.fleet.fake_machine import FIRST_FREE, FakeMachine
 
 SECONDS = 30

@@ -29,7 +29,8 @@ from kvmd.virtio.abi import (
     INTERRUPT_CONFIG,
     Status,
 )
-from kvmd.virtio.device import DeviceModel, VirtioDevice
+from kvmd.virtio.device import VirtioDevice
+from kvmd.virtio.device_model import DeviceModel
 from kvmd.virtio.serving import serve
 
 SIZE = 16 * MIB

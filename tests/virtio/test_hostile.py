@@ -19,7 +19,7 @@ from kvmd.virtio.abi import DESC_INDIRECT, DESC_NEXT, DESC_WRITE, F_EVENT_IDX, F
 from kvmd.virtio.balloon import BalloonDevice
 from kvmd.virtio.block import BlockDevice
 from kvmd.virtio.console import ConsoleDevice
-from kvmd.virtio.device import DeviceModel
+from kvmd.virtio.device_model import DeviceModel
 from kvmd.virtio.disk import RawDisk
 from kvmd.virtio.entropy import EntropyDevice
 from kvmd.virtio.host_port import HostPort

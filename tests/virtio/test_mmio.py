@@ -18,7 +18,9 @@ from kvmd.virtio.abi import (
     DeviceId,
     Status,
 )
-from kvmd.virtio.device import FAILURES_LOGGED, Activation, Host, VirtioDevice
+from kvmd.virtio.activation import Activation
+from kvmd.virtio.device import FAILURES_LOGGED, VirtioDevice
+from kvmd.virtio.device_model import Host
 from tests.virtio.driver import SIZE, Driver, Memory, guest_memory
 
 LIMIT = 64

@@ -20,7 +20,7 @@ from kvmd.api.routes.query import StrictRoute
 from kvmd.api.server.asgi import PASSED_FILE
 from kvmd.api.services import API_PREFIX, Services, caller_of, json_response, unless_over
 from kvmd.fleet.base import MachineInfo, MachineState
-from kvmd.spec import spec_of
+from kvmd.spec.machine import spec_of
 
 WAIT_LIMIT_SECONDS = 3600
 

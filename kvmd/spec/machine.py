@@ -1,4 +1,4 @@
-"""What a machine is made of, as the operator writes it: one TOML file, checked before anything is opened."""
+"""A machine as the operator writes it, in one TOML file, checked before anything is opened."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import msgspec
 
 from kvmd.errors import ConfigError
 from kvmd.network.spec import NetworkSpec, networks_of
+from kvmd.spec.conversion import CONVERSION_KEYS, ConversionSpec
+from kvmd.spec.disks import DISKS_EXPECTED, DiskSpec, disks_of
+from kvmd.spec.limits import LIMITS_KEYS, OWN_TASKS, VCPU_LIMIT, LimitsSpec
 from kvmd.toml_file import Keys, read_toml, refuse_unknown, shown, suggestion
-from kvmd.units import GIB, MIB, PAGE_MASK, PAGE_SIZE, format_size, parse_size
+from kvmd.units import MIB, PAGE_MASK, format_size, parse_size
 
 BUILTIN_PREFIX = "builtin:"
 """What starts the name of an image that kvmd brings along."""
@@ -20,12 +23,7 @@ BUILTIN_PREFIX = "builtin:"
 MEMORY_LIMIT = 1 << 46
 """Bytes of guest memory, at most: above lies the shared view (docs/payload-abi.md)."""
 
-VCPU_LIMIT = 4096
-"""vCPUs that a file may ask for; how many this host allows is known when the machine is opened."""
-
 ARGUMENT_LIMIT = 8
-
-DISKS_LIMIT = 8
 
 NAME_LIMIT = 63
 NAME_PATTERN = rf"[a-z0-9][a-z0-9._-]{{0,{NAME_LIMIT - 1}}}"
@@ -41,21 +39,6 @@ _ACCELERATORS = frozenset({"auto", "kvm", "software"})
 _TRIPWIRES = frozenset({"auto", "attribute", "guest_memfd", "hole"})
 _SIZES = frozenset({"memory", "balloon_target", "conversion.chunk", "limits.memory"})
 _U64_LIMIT = 1 << 64
-_NO_PROGRESS_LIMIT = 1_000_000
-_RANGES_LIMIT = 1 << 24
-_RATE_LIMIT = 1_000_000
-
-LEAST_LIMIT = 64 * MIB
-"""What ``limits.memory`` has to be, in bytes: about twice of what a machine's process takes before it has a guest."""
-
-OWN_TASKS = 16
-"""Threads that a machine's process may want beside its vCPUs'."""
-
-TASKS_LIMIT = VCPU_LIMIT + 256
-"""Threads that a machine's process may ever have: TasksMax= of systemd/kvmd-machine@.service."""
-
-_LEAST_CPUS = 0.01
-"""Below, a quota is less than the millisecond that the kernel schedules by (cgroup-v2, cpu.max)."""
 
 _KEYS = Keys(
     {
@@ -64,7 +47,7 @@ _KEYS = Keys(
         "kernel": "the path of a bzImage, or of an ELF vmlinux with PVH, relative to this file; in place of image",
         "initrd": "the path of an initial RAM disk, relative to this file",
         "cmdline": 'the kernel\'s command line, such as "console=ttyS0"',
-        "disks": f"up to {DISKS_LIMIT} tables, [[disks]], with keys of their own",
+        "disks": DISKS_EXPECTED,
         "networks": "up to 8 tables, [[networks]], with keys of their own",
         "entropy": "true or false",
         "balloon": "true or false",
@@ -79,100 +62,12 @@ _KEYS = Keys(
         "cpl": "3 (user mode) or 0",
         "arguments": f"up to {ARGUMENT_LIMIT} whole numbers from 0 to 2^64 - 1, such as [16, 8]",
         "conversion": "a table: [conversion], with keys of its own",
-        "conversion.chunk": 'a size from 4 KiB to 1 GiB in pages of 4 KiB, such as "2M"',
-        "conversion.no_progress_limit": f"a whole number from 1 to {_NO_PROGRESS_LIMIT}",
-        "conversion.implicit": '"allow", "keep-explicit" or "deny"',
-        "conversion.rate": f"a whole number from 1 to {_RATE_LIMIT}",
-        "conversion.max_ranges": f"a whole number from 1 to {_RANGES_LIMIT}",
+        **CONVERSION_KEYS,
         "limits": "a table: [limits], with keys of its own",
-        "limits.memory": 'a size from 64 MiB up in pages of 4 KiB, guest memory included, such as "512M"',
-        "limits.cpus": f"a number of processors from {_LEAST_CPUS} to {VCPU_LIMIT}, such as 1.5",
-        "limits.tasks": f"a whole number from {OWN_TASKS} more than vcpus to {TASKS_LIMIT}",
+        **LIMITS_KEYS,
     }
 )
 """What would be right, by key: the second half of every message."""
-
-
-class ConversionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Bounds on what conversions may cost the host.
-
-    Attributes:
-        chunk: the most bytes that one change converts at a time.
-        no_progress_limit: how often the same fault may come back with nothing changed.
-        max_ranges: the most ranges that page state may fall into.
-        implicit: what becomes of implicit conversions: ``allow``; ``keep-explicit`` stops the machine where one would
-            undo an explicit conversion; ``deny`` stops it at any.
-        rate: the most changes a second in the long run, each of a chunk at most; None for no limit. A vCPU that asks
-            while the machine is ahead of it is kept out of the guest until it is not.
-    """
-
-    chunk: int = 32 * MIB
-    no_progress_limit: int = 8
-    max_ranges: int = 65536
-    implicit: Literal["allow", "keep-explicit", "deny"] = "allow"
-    rate: int | None = None
-
-    def __post_init__(self) -> None:
-        _KEYS.need("conversion.chunk", self.chunk, PAGE_SIZE <= self.chunk <= GIB and not self.chunk & PAGE_MASK)
-        _KEYS.need(
-            "conversion.no_progress_limit",
-            self.no_progress_limit,
-            1 <= self.no_progress_limit <= _NO_PROGRESS_LIMIT,
-        )
-        # The type says so too, but a spec that a program makes has not been through msgspec.
-        _KEYS.need("conversion.implicit", self.implicit, self.implicit in {"allow", "keep-explicit", "deny"})
-        _KEYS.need("conversion.max_ranges", self.max_ranges, 1 <= self.max_ranges <= _RANGES_LIMIT)
-        _KEYS.need("conversion.rate", self.rate, self.rate is None or 1 <= self.rate <= _RATE_LIMIT)
-
-
-_DISK_KEYS = Keys(
-    {
-        "path": "the path of a raw disk image, relative to this file",
-        "read_only": "true or false",
-        "direct": "true or false",
-    }
-)
-
-
-class DiskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One disk of a Linux guest: /dev/vda, /dev/vdb, ... in their order.
-
-    Attributes:
-        path: a raw image: an ordinary file, or a block device.
-        read_only: the guest cannot write to it; then other machines may read it, too.
-        direct: past the host's page cache (O_DIRECT).
-    """
-
-    path: Path
-    read_only: bool = False
-    direct: bool = False
-
-
-class LimitsSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a machine's process may take of the host, enforced by the kernel (cgroup v2); None for no limit.
-
-    Attributes:
-        memory: bytes, in total: guest memory, and what kvmd needs for it. It is never swapped. A machine that wants
-            more is ended, with the reason ``out-of-memory``.
-        cpus: processors' time, in processors: 1.5 is one and a half.
-        tasks: threads: one a vCPU, and up to 16 of kvmd's own.
-    """
-
-    memory: int | None = None
-    cpus: float | None = None
-    tasks: int | None = None
-
-    def __post_init__(self) -> None:
-        memory, cpus, tasks = self.memory, self.cpus, self.tasks
-        whole = memory is None or (LEAST_LIMIT <= memory < _U64_LIMIT >> 1 and not memory & PAGE_MASK)
-        _KEYS.need("limits.memory", memory, whole)
-        _KEYS.need("limits.cpus", cpus, cpus is None or _LEAST_CPUS <= cpus <= VCPU_LIMIT)
-        _KEYS.need("limits.tasks", tasks, tasks is None or OWN_TASKS < tasks <= TASKS_LIMIT)
-
-    @property
-    def given(self) -> bool:
-        """Whether there are any."""
-        return self != LimitsSpec()
 
 
 class MachineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -357,7 +252,7 @@ def spec_of(document: Mapping[str, object], *, base: Path) -> MachineSpec:
         if key in document:
             complete[key] = resolve_file(key, document[key], base=base)
     if "disks" in document:
-        complete["disks"] = _disks_of(document["disks"], base=base)
+        complete["disks"] = disks_of(document["disks"], base=base)
     if "networks" in document:
         complete["networks"] = networks_of(document["networks"])
     try:
@@ -389,26 +284,6 @@ def resolve_image(image: object, *, base: Path) -> Path:
             f"the built-in ones are {', '.join(GUESTS)}"
         )
     return GUESTS[name].path
-
-
-def _disks_of(tables: object, *, base: Path) -> tuple[DiskSpec, ...]:
-    if not isinstance(tables, list) or len(tables) > DISKS_LIMIT:
-        raise ConfigError(f"disks: {shown(tables)} is not possible: expected {_KEYS['disks']}")
-    return tuple(_disk_of(table, f"disks[{index}]", base) for index, table in enumerate(tables))
-
-
-def _disk_of(table: object, where: str, base: Path) -> DiskSpec:
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: {shown(table)} is not possible: expected a table, [[disks]]")
-    refuse_unknown(table, DiskSpec, f"{where}.")
-    path = table.get("path")
-    if not isinstance(path, str) or not path or "\0" in path:
-        problem = "is missing" if path is None else f"{shown(path)} is not possible"
-        raise ConfigError(f"{where}.path: {problem}: expected {_DISK_KEYS['path']}")
-    try:
-        return msgspec.convert({**table, "path": base / path}, DiskSpec)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}.{_DISK_KEYS.refused(error, table)}") from error
 
 
 def resolve_file(key: str, file: object, *, base: Path) -> Path:
