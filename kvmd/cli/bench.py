@@ -136,13 +136,14 @@ def conversions(
     """Measure a conversion, end to end, beside the same KVM calls in C.
 
     The guest `pingpong` walks its pages R times, and touches each in its shared and then its private view: each touch
-    is one conversion. The first walk, which cuts memory into pages, is told apart. Without any option of its load, 1
-    and 4 vCPUs are measured.
+    is one conversion. The first walk, which cuts memory into pages, is told apart. Without any option of its load (all
+    but --turns), 1 and 4 vCPUs are measured, and the keys are those of 1.
 
     Keys of the JSON, of kvmd's own run, medians over the runs: `conversions` (after the first walk),
     `us_per_conversion` (wall time), `us_in_kvm`, `per_second`, `first_round_conversions`,
-    `first_round_us_per_conversion`; the same under `floor_service` and `floor_thread`; and `ratio_service`,
-    `ratio_thread`, `ratio_in_kvm` with `median`, `quartiles`, `min`, `max` and `rounds`.
+    `first_round_us_per_conversion`; the same under `floor_service`, `floor_early` and `floor_thread`; and
+    `ratio_service`, `ratio_early`, `ratio_thread` and `ratio_in_kvm` with `median`, `quartiles`, `min`, `max` and
+    `rounds`.
     """
     options = Options(quick=quick, large=large)
     given = {key: value for key, value in load.items() if value is not None}
@@ -151,8 +152,8 @@ def conversions(
         from kvmd.benchmark import conversions as module  # noqa: PLC0415 - so that --help does not wait for a machine
         from kvmd.benchmark.runs import Load  # noqa: PLC0415 - as above
 
-        if not given and turns is None:
-            return module.measure(options)
+        if not given:
+            return module.measure(options, turns)
         return module.measure_load(Load(**given), options, turns)  # type: ignore[arg-type]  # click checked them
 
     return _measure(

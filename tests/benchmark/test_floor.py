@@ -3,7 +3,7 @@
 import json
 import subprocess
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -11,7 +11,7 @@ import trio
 from kvmd.benchmark.runs import Load
 from kvmd.benchmark.sources import build_floor
 from kvmd.guests import GUESTS
-from kvmd.kvm import uapi, vm
+from kvmd.kvm import ioctl, uapi, vm
 from kvmd.machine import Machine
 from kvmd.memory import libc
 from kvmd.spec import MachineSpec
@@ -28,7 +28,7 @@ _LOAD = Load(pages=3, rounds=3, tripwire="guest_memfd")
 def of_the_floor(mode: str) -> dict[str, int]:
     command = [str(build_floor()), f"--mode={mode}", f"--memory={_LOAD.memory_bytes}", "--tripwire=guest_memfd"]
     command += [f"--arg={_LOAD.pages}", f"--arg={_LOAD.rounds}", str(GUESTS["pingpong"].path)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - our own program
     found = json.loads(done.stdout)
     assert found["conversions"] == _LOAD.conversions
     return {name: found[name] for name in ("slot_calls", "guest_memfds", "discards")}
@@ -37,11 +37,11 @@ def of_the_floor(mode: str) -> dict[str, int]:
 def of_kvmd(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counted: Counter[str] = Counter()
 
-    def counting(call: Any) -> Any:  # noqa: ANN401 - ioctl's and its kin's
-        def counts(fd: int, request: int, *arguments: Any) -> Any:  # noqa: ANN401 - as above
+    def counting(call: Callable[..., int]) -> Callable[..., int]:
+        def counts(fd: int, request: int, argument: object) -> int:
             if request in _CALLS:
                 counted[_CALLS[request]] += 1
-            return call(fd, request, *arguments)
+            return call(fd, request, argument)
 
         return counts
 
@@ -59,8 +59,8 @@ def of_kvmd(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         arguments=(_LOAD.pages, _LOAD.rounds),
     )
     with Machine.open(spec) as machine:
-        monkeypatch.setattr(vm, "raw_ioctl", counting(vm.raw_ioctl))
-        monkeypatch.setattr(vm, "quick_ioctl", counting(vm.quick_ioctl))
+        for name in ("raw_ioctl", "quick_ioctl"):
+            monkeypatch.setattr(vm, name, counting(getattr(ioctl, name)))
         monkeypatch.setattr(libc, "punch_hole", punch)
         stop = trio.run(machine.run)
         assert stop.status == 0, stop.message

@@ -165,20 +165,28 @@ def test_a_machine_that_there_cannot_be_is_one_line(
 @pytest.mark.kvm
 @pytest.mark.compiler
 def test_conversions_have_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "conversions", "--pages", "3", "--rounds", "4", "--vcpus", "2", "--turns", "2", "--json"]
-    assert run_cli(arguments) == 0
+    arguments = ["--pages", "3", "--rounds", "4", "--vcpus", "2", "--turns", "2", "--tripwire", "guest_memfd"]
+    assert run_cli(["bench", "conversions", *arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["conversions"] == 2 * 3 * 2 * 3
     assert found["first_round_conversions"] == 2 * 3 * 2
     assert found["per_second"] == pytest.approx(1e6 / found["us_per_conversion"], rel=0.01)
     assert found["us_in_kvm"] > 0
     assert found["runs"] == 2
-    for mode in ("service", "thread"):
+    for mode in ("service", "early", "thread"):
         assert found[f"floor_{mode}"]["conversions"] == found["conversions"]
         ratio = found[f"ratio_{mode}"]
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
         assert ratio["rounds"] == 2
     assert {"load_before", "stolen_percent", "python", "python_optimised"} <= found["conditions"].keys()
+
+
+def test_turns_are_no_load_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("kvmd.benchmark.conversions.measure", lambda _, turns: a_report(f"both {turns}"))
+    monkeypatch.setattr("kvmd.benchmark.conversions.measure_load", lambda *_: a_report("one"))
+    for options, name in (((), "one"), (("--turns", "3"), "both 3")):
+        assert run_cli(["bench", "conversions", *(options or ("--pages", "2")), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["name"] == name
 
 
 @pytest.mark.kvm
