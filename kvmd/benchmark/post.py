@@ -43,7 +43,7 @@ def measure(options: Options) -> Report:
         tempfile.TemporaryDirectory() as name,
         tempfile.TemporaryDirectory() as other,
         daemon(Path(name)) as path,
-        _daemon_with_pool(Path(other)) as other_path,
+        daemon_with_pool(Path(other)) as other_path,
     ):
         client, waited = Client(path), Client(other_path)
         client.first_output()  # the first one waits for the machines' parent to import everything
@@ -76,7 +76,7 @@ def measure(options: Options) -> Report:
 
 
 @contextmanager
-def _daemon_with_pool(folder: Path) -> Iterator[Path]:
+def daemon_with_pool(folder: Path) -> Iterator[Path]:
     """Run a daemon with processes that wait in a folder until the block ends; yield the path of its API."""
     with _running([sys.executable, "-m", "kvmd.benchmark.waiting", str(folder)], SERVING):
         yield folder / "api"
@@ -96,7 +96,8 @@ def daemon(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _running(command: list[str], serving: bytes) -> Iterator[None]:
     """Run a daemon until the block ends, which begins when that says that it serves."""
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    # What it prints is not this process's to print: on stdout there may be JSON.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None  # noqa: S101 - it is a pipe
         try:
             while serving not in (line := process.stderr.readline()):
