@@ -16,11 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
-from kvmd.benchmark.qemu import qemu_start
+from kvmd.benchmark.qemu import first_byte, qemu_firmware
 from kvmd.benchmark.runs import require_kvm
 from kvmd.benchmark.waiting import SERVING
 
@@ -51,20 +52,17 @@ def measure(options: Options) -> Report:
             _POST: client.first_output,
             _WAITING: lambda: waited.first_output(after_seconds=_IMPORTS_SECONDS),
         }
-        qemu = qemu_start()
-        if qemu is not None:
-            qemu()
-            things[_QEMU] = qemu
+        firmware = qemu_firmware(report)
+        if firmware is not None:
+            things[_QEMU] = partial(first_byte, firmware)
         series = take_turns(things, rounds=options.rounds(30), unit="ms")
         report.facts.append(Fact(Series("of which creating, a fork", "ms", tuple(client.created[2:]))))
         report.facts.append(Fact(Series("of which creating, a process that waited", "ms", tuple(waited.created[1:]))))
     for label in (_POST, _WAITING):
-        if qemu is not None:
+        if _QEMU in series:
             report.ratios.append(Ratio(series[label], series[_QEMU], TARGET))
         else:
             report.facts.append(Fact(series[label]))
-    if qemu is None:
-        report.notes.append("QEMU, a compiler or objcopy is not there")
     report.notes.append(
         "both guests print through a 16550 at once, QEMU's from its reset vector, kvmd's (builtin:hello, 64 MiB) after "
         "its start-up code, so the first output comes some milliseconds after the first instruction; kvmd was told to "

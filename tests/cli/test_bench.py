@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,7 @@ def test_what_was_measured_before_an_interruption_is_in_the_output(
         (HostError("no room"), "no room"),
         (ExceptionGroup("", [CannotMeasure("lost")]), "lost"),
         (FileNotFoundError(2, "No such file", "qemu"), "qemu is not here: No such file"),
+        (subprocess.TimeoutExpired(["/there/floor"], 60.0), "floor did not end within 60 s"),
     ],
 )
 def test_what_a_host_lacks_is_no_bug(error: Exception, message: str) -> None:
