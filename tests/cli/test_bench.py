@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
@@ -86,6 +88,64 @@ def test_what_was_measured_before_an_interruption_is_in_the_output(
     names = list(SUMMARIES)
     before = names[: names.index("start")]
     assert [report["name"] for report in json.loads(output.read_text())["benchmarks"]] == before
+
+
+def test_an_interruption_leaves_no_file_that_holds_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(catalogue, "run", mock.Mock(side_effect=KeyboardInterrupt))
+    output = tmp_path / "results.json"
+    assert run_cli(["bench", "api", "--output", str(output)]) == ExitStatus.STOPPED
+    assert list(tmp_path.iterdir()) == []
+    output.write_text("of yesterday")
+    assert run_cli(["bench", "api", "--output", str(output)]) == ExitStatus.STOPPED
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of yesterday"]
+
+
+def test_a_disk_that_fills_up_leaves_the_last_results_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catalogue, "run", fake_run)
+    output = tmp_path / "results.json"
+    output.write_text("of yesterday")
+
+    def half(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[:10].encode(encoding))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    assert run_cli(["bench", "api", "--quick", "--output", str(output)]) == ExitStatus.HOST
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of yesterday"]
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == f"kvmd: error: {output} cannot be written any more: No space left on device"
+
+
+def test_an_output_may_be_a_link_or_no_file_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(catalogue, "run", fake_run)
+    link, file, pipe = tmp_path / "link", tmp_path / "file", tmp_path / "pipe"
+    link.symlink_to(file)
+    assert run_cli(["bench", "api", "--quick", "--output", str(link)]) == 0
+    assert link.is_symlink()
+    assert json.loads(file.read_text())["name"] == "api"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run_cli(["bench", "api", "--quick", "--output", str(pipe)]) == 0
+        assert json.loads(os.read(reading, 1 << 16))["name"] == "api"
+    finally:
+        os.close(reading)
+    assert pipe.is_fifo()
+
+
+def test_a_terminal_is_told_what_was_measured_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catalogue, "run", fake_run)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run_cli(["bench", "start", "--quick"]) == ExitStatus.HOST
+    shown = capsys.readouterr().err
+    assert shown.startswith("measuring 1/1 start ...\r\x1b[Kkvmd: bench: start: not measured: ")
+    assert "measured start" not in shown
+    assert run_cli(["bench", "api", "--quick"]) == 0
+    assert "\r\x1b[Kmeasured 1/1 api in 0 s\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
