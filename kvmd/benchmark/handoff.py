@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -51,9 +52,8 @@ def measure(options: Options) -> Report:
         if where == "two CPUs" and first == last:
             continue
         ways = {make.label: partial(_round, make, asking, answering) for make in WAYS}
-        os.sched_setaffinity(0, answering)
-        series = take_turns(ways, rounds=options.rounds(60), unit="us")
-        os.sched_setaffinity(0, cpus)
+        with _on(answering):
+            series = take_turns(ways, rounds=options.rounds(60), unit="us")
         bare = series.pop(BARE)
         for label, measured in series.items():
             target = TARGET if label == HANDOFF else None
@@ -73,12 +73,10 @@ def _measure_under_load(report: Report, cpus: list[int], options: Options) -> No
     def ask(way: Way) -> float:
         return _ask(way, first, first)
 
-    ways: dict[str, Callable[[], Way]] = {make.label: make for make in LOADED_WAYS}
-    idle = take_turns({BARE: partial(_round, YARDSTICK, first, first)}, rounds=options.rounds(_LOADED), unit="us")
-    try:
+    ways: dict[str, Callable[[], Way]] = {make.label: partial(_made, make, first) for make in LOADED_WAYS}
+    with _on(first):
+        idle = take_turns({BARE: partial(_round, YARDSTICK, first, first)}, rounds=options.rounds(_LOADED), unit="us")
         found = under_load(ways, ask, rounds=options.rounds(_LOADED), cpu=cpus[0], client_cpu=cpus[-1])
-    finally:
-        os.sched_setaffinity(0, cpus)
     series = {label: Series(f"{label}, loop serves", "us", tuple(values)) for label, values in found.items()}
     bare = series.pop(BARE)
     for measured in series.values():
@@ -87,15 +85,32 @@ def _measure_under_load(report: Report, cpus: list[int], options: Options) -> No
     report.notes.append(
         f"`loop serves`: on one CPU, while the service's event loop answers {REQUESTS_A_SECOND} requests a second and "
         f"streams {EVENTS_A_SECOND} events a second to a client in a process of its own; the ping-pong shares "
-        "the process"
+        "the process; the idle one was measured before, not in turn with it"
     )
+
+
+@contextmanager
+def _on(cpus: frozenset[int]) -> Iterator[None]:
+    """Keep the calling thread, and those that it starts, on some CPUs until the block ends."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _made(make: Callable[[], Way], answering: frozenset[int]) -> Way:
+    way = make()
+    way.cpus = answering
+    return way
 
 
 def _round(make: Callable[[], Way], asking: frozenset[int], answering: frozenset[int]) -> float:
     """Return microseconds for one hand-off, made from a thread on some CPUs to an event loop on others, or the same."""
 
     async def main() -> float:
-        way = make()
+        way = _made(make, answering)
         async with trio.open_nursery() as nursery:
             await nursery.start(way.serve)
             elapsed_us = await trio.to_thread.run_sync(_ask, way, asking, answering)

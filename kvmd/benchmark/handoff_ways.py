@@ -35,9 +35,16 @@ _MEMORY = 64 * MIB
 
 
 class Way:
-    """One way of handing something to a trio task and back."""
+    """One way of handing something to a trio task and back.
+
+    Attributes:
+        label: of the way.
+        cpus: where a thread of its own answers, if it has one; empty for wherever that is. trio keeps threads, and with
+            them the CPUs that the way before had put them on.
+    """
 
     label = ""
+    cpus: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
         self._answered = threading.Lock()
@@ -53,6 +60,11 @@ class Way:
 
     def close(self) -> None:
         """Give up what it holds."""
+
+    def stay(self) -> None:
+        """Put the calling thread on ``cpus``."""
+        if self.cpus:
+            os.sched_setaffinity(0, self.cpus)
 
 
 # -- the yardstick -----------------------------------------------------------------------------------------------------
@@ -77,6 +89,7 @@ class _Bare(Way):
         await trio.to_thread.run_sync(self._echo)
 
     def _echo(self) -> None:
+        self.stay()
         there, back = self._there.get, self._back.put
         for _ in range(WARM_UP_TURNS + TURNS):
             there()
@@ -101,6 +114,7 @@ class _Bells(Way):
         await trio.to_thread.run_sync(self._echo)
 
     def _echo(self) -> None:
+        self.stay()
         for _ in range(WARM_UP_TURNS + TURNS):
             self._there.wait()
             self._back.ring()
