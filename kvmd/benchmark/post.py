@@ -32,6 +32,9 @@ _POST = "POST, start, first output: a fork"
 _WAITING = "POST, start, first output: a process that waited"
 _QEMU = "qemu -M microvm, first output"
 _SECONDS = 30
+_RUN_SECONDS = 0.1
+"""How long a machine runs before it is paused: it waits for what is typed by then."""
+
 _IMPORTS_SECONDS = 1.5
 """What the process that takes the place of one which became a machine has for its imports."""
 
@@ -116,9 +119,12 @@ class Client:
         self.created: list[float] = []
 
     def create_idle(self, name: str) -> int:
-        """Create a machine that is not started, and return its process's id."""
+        """Create a machine that has run and is paused, as QEMU's is then, and return its process's id."""
         with self._connected() as connection:
-            answer = _ask(connection, "POST", "/v1/machines", {"image": "builtin:hello", "name": name})
+            answer = _ask(connection, "POST", "/v1/machines", {"image": "builtin:echo", "name": name})
+            _ask(connection, "POST", f"/v1/machines/{name}/start")
+            time.sleep(_RUN_SECONDS)
+            _ask(connection, "POST", f"/v1/machines/{name}/pause")
         return int(json.loads(answer)["pid"])
 
     def first_output(self, then: Callable[[], None] | None = None, *, after_seconds: float = 0) -> float:
