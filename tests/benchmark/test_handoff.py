@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from kvmd.benchmark import handoff
-from kvmd.benchmark.handoff_ways import Way
+from kvmd.benchmark.handoff_ways import RARE_WAYS, Way
 
 CPUS = sorted(os.sched_getaffinity(0))
 
@@ -37,3 +37,11 @@ def test_the_answering_thread_is_on_its_cpu_whatever_it_did_before() -> None:
             handoff._round(Noting, first, answering)
         assert Noting.noted == [answering] * 3
     assert os.sched_getaffinity(0) == set(CPUS)
+
+
+@pytest.mark.parametrize("way", RARE_WAYS)
+def test_hand_offs_with_pauses_are_as_many_as_were_said(way: type[Way], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handoff, "RARE_SECONDS", 0.0)
+    home = frozenset(CPUS[:1])
+    # What answers ends by itself after so many, and the service's way counts its records.
+    assert handoff._rare_round(way, home, home) > 0
