@@ -291,4 +291,4 @@ class _progress:  # noqa: N801 - reads as a statement
 
 
 def _say(message: str) -> None:
-    print(f"kvmd: bench: {message}", file=sys.stderr)
+    print(f"kvmd: bench: {' '.join(message.split())}", file=sys.stderr)

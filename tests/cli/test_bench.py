@@ -135,6 +135,14 @@ def test_an_output_may_be_a_link_or_no_file_at_all(monkeypatch: pytest.MonkeyPat
     assert pipe.is_fifo()
 
 
+def test_what_a_program_said_in_several_lines_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catalogue, "run", mock.Mock(side_effect=CannotMeasure("bare: this\nand that\n")))
+    assert run_cli(["bench", "large"]) == ExitStatus.HOST
+    assert capsys.readouterr().err == "kvmd: bench: large: not measured: bare: this and that\n"
+
+
 def test_a_terminal_is_told_what_was_measured_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
