@@ -57,8 +57,9 @@ def measure(options: Options) -> Report:
         ),
         "slowest imports of `kvmd run` (by itself, under -X importtime): " + ", ".join(_imports()),
         (
-            f"memory: PSS counts what processes have in common with its part; one machine beside one QEMU, and each "
-            f"of {_IDLE} machines, whose processes are forks of one parent; no guest runs: kvmd's (builtin:echo) has "
+            "memory: PSS counts what processes have in common with its part, what kvmd's have with the daemon and with "
+            "this Python, and QEMU's with any other, too; one machine beside one QEMU, and each of "
+            f"{_IDLE} machines, whose processes are forks of one parent; no guest runs: kvmd's (builtin:echo) has "
             "run and was paused, QEMU's has ended and left it paused"
         ),
     ]
