@@ -1,7 +1,11 @@
 /* floor: run a payload with conversions in C, and say what they cost. See floor.h for how to build it.
  *
- *   floor [--mode thread|service] [--vcpus N] [--memory BYTES] [--tripwire guest_memfd|hole] [--kick cut|always]
- *         [--cpl 0|3] [--skip K] [--timeout SECONDS] [--arg N]... GUEST.elf
+ *   floor [--mode thread|service|early] [--vcpus N] [--memory BYTES] [--tripwire guest_memfd|hole]
+ *         [--kick cut|always] [--cpl 0|3] [--skip K] [--timeout SECONDS] [--arg N]... GUEST.elf
+ *
+ * A conversion is made by the faulting thread, or by one service thread for all (`service`). In mode `early` that one
+ * answers as soon as the page is there, as kvmd's does: it discards the side left behind, and makes the guest_memfd of
+ * the next tripwire, while the guest goes on.
  *
  * The guest's console goes to standard error; standard output gets one line of JSON:
  *
@@ -16,6 +20,8 @@
  *   cuts               pieces cut out of blocks
  *   explicit           explicit requests
  *   discards           sides left behind that were given back: one for each conversion
+ *   slot_calls         memslots deleted and created for all that, each a call; 4 for a page that is swapped
+ *   guest_memfds       made for tripwires
  *   pauses             times that all vCPUs were kept out of KVM_RUN: one for each cut, as in kvmd; with --kick always
  *                      for each conversion
  *   taken_out          vCPUs that were inside then, and were made to leave
@@ -27,6 +33,7 @@
 
 #include <errno.h>
 #include <getopt.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,6 +76,15 @@ static u64 number(const char *text)
 	return value;
 }
 
+static unsigned small_number(const char *text)
+{
+	u64 value = number(text);
+
+	if (value > UINT_MAX)
+		die("%s is too much", text);
+	return value;
+}
+
 /* 0 or 1: which of the two words. */
 static bool choose(const char *option, const char *text, const char *no, const char *yes)
 {
@@ -93,10 +109,11 @@ static struct options parse_options(int argc, char **argv)
 	while ((option = getopt_long(argc, argv, "", names, NULL)) != -1) {
 		switch (option) {
 		case 'm':
-			options.service = choose("mode", optarg, "thread", "service");
+			options.early = strcmp(optarg, "early") == 0;
+			options.service = options.early || choose("mode", optarg, "thread", "service");
 			break;
 		case 'v':
-			options.vcpus = number(optarg);
+			options.vcpus = small_number(optarg);
 			break;
 		case 's':
 			options.memory_size = number(optarg);
@@ -114,7 +131,7 @@ static struct options parse_options(int argc, char **argv)
 			options.skip = number(optarg);
 			break;
 		case 'o':
-			options.timeout_seconds = number(optarg);
+			options.timeout_seconds = small_number(optarg);
 			break;
 		case 'a':
 			if (arguments == 8)
@@ -175,7 +192,7 @@ static int report(const struct machine *machine)
 	if (machine->stopped)
 		status = STATUS_STOPPED;
 	printf("{\"mode\": \"%s\", \"tripwire\": \"%s\", \"kick\": \"%s\", \"vcpus\": %u, \"memory\": %llu, ",
-	       options->service ? "service" : "thread", options->hole ? "hole" : "guest_memfd",
+	       options->early ? "early" : options->service ? "service" : "thread", options->hole ? "hole" : "guest_memfd",
 	       options->kick_always ? "always" : "cut", options->vcpus, (unsigned long long)options->memory_size);
 	printf("\"quirk_disabled\": %s, \"conversions\": %llu, ", machine->quirk_disabled ? "true" : "false",
 	       (unsigned long long)statistics->conversions);
@@ -184,10 +201,11 @@ static int report(const struct machine *machine)
 	print_mean("us_in_kvm_first", statistics->in_kvm_first, skipped);
 	print_mean("us_in_kvm", statistics->in_kvm, rest);
 	printf("\"spurious\": %llu, \"completed_mmio\": %llu, \"cuts\": %llu, \"explicit\": %llu, "
-	       "\"discards\": %llu, \"pauses\": %llu, \"taken_out\": %llu, ",
+	       "\"discards\": %llu, \"slot_calls\": %llu, \"guest_memfds\": %llu, \"pauses\": %llu, \"taken_out\": %llu, ",
 	       (unsigned long long)statistics->spurious, (unsigned long long)statistics->completed_mmio,
 	       (unsigned long long)statistics->cuts, (unsigned long long)statistics->explicit_requests,
-	       (unsigned long long)statistics->discards, (unsigned long long)statistics->pauses,
+	       (unsigned long long)statistics->discards, (unsigned long long)statistics->slot_calls,
+	       (unsigned long long)statistics->guest_memfds, (unsigned long long)statistics->pauses,
 	       (unsigned long long)statistics->taken_out);
 	printf("\"status\": %d, \"stopped\": ", status);
 	if (machine->stopped)

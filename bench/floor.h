@@ -33,6 +33,7 @@ enum view { SHARED = 0, PRIVATE = 1 };
 
 struct options {
 	bool service;     /* conversions by one thread for all vCPUs, not by the faulting one */
+	bool early;       /* that thread answers first, and then discards and makes the next tripwire's guest_memfd */
 	bool hole;        /* tripwires are absent slots, not closed guest_memfds */
 	bool kick_always; /* take the other vCPUs out of KVM_RUN for each conversion, not only to cut a block */
 	unsigned vcpus, cpl, timeout_seconds;
@@ -49,8 +50,16 @@ struct piece {
 	enum view live;
 };
 
+/* The page that a conversion left behind in a view, until it is given back. */
+struct left {
+	bool any;
+	u64 gpa;
+	enum view view;
+};
+
 struct statistics {
 	u64 conversions, spurious, completed_mmio, explicit_requests, cuts, discards;
+	u64 slot_calls, guest_memfds; /* memslots created and deleted; guest_memfds made */
 	u64 pauses, taken_out; /* times that all vCPUs were kept out of KVM_RUN; those that had to leave it for that */
 	double first, skipped, last; /* microseconds, CLOCK_MONOTONIC */
 	double in_kvm, in_kvm_first; /* microseconds within slot and discard calls; of the first `skip` conversions */
@@ -83,6 +92,8 @@ struct machine {
 	struct piece *pieces;
 	size_t piece_count;
 	double in_kvm; /* microseconds of the conversion at hand */
+	struct left left;
+	int reserve; /* a guest_memfd of one page for the next tripwire, or -1 */
 	struct statistics statistics;
 
 	/* The gate that keeps vCPUs out of KVM_RUN: `gate` guards `paused`, `stopped`, `inside` of vCPUs. It is
@@ -106,6 +117,7 @@ u32 take_slot(struct machine *machine);
 void give_slot(struct machine *machine, u32 slot);
 void create_live_slot(struct machine *machine, u32 slot, u64 gpa, u64 size, enum view view);
 void create_tripwire(struct machine *machine, u32 slot, u64 gpa, u64 size, enum view view);
+void fill_reserve(struct machine *machine);
 void delete_slot(struct machine *machine, u32 slot, u64 gpa, enum view view);
 
 /* floor_payload.c */
@@ -121,6 +133,8 @@ struct access { /* one that an exit reports */
 };
 /* Make the accessed view live and, for an MMIO exit, do the access; NULL, or why the machine must stop. */
 const char *convert_for_access(struct machine *machine, struct access *access);
+/* Give back what the last conversion left behind, unless that is done: as a rule it is, before the answer. */
+void clear_up(struct machine *machine);
 /* Returns 0, 22 or 11. */
 u64 convert_range(struct machine *machine, u64 gpa, u64 pages, u64 attributes);
 

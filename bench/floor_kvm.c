@@ -48,6 +48,7 @@ void open_machine(struct machine *machine)
 	struct kvm_cpuid2 *cpuid;
 	int quirks, slots;
 
+	machine->reserve = -1;
 	machine->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	if (machine->kvm < 0)
 		die("/dev/kvm: %s", strerror(errno));
@@ -168,6 +169,7 @@ static void set_region(struct machine *machine, const struct memory_region2 *reg
 		die("slot %u, %#llx bytes at %#llx: %s", region->slot, (unsigned long long)region->memory_size,
 		    (unsigned long long)region->guest_phys_addr, strerror(errno));
 	machine->in_kvm += now_us() - start;
+	machine->statistics.slot_calls++;
 }
 
 void create_live_slot(struct machine *machine, u32 slot, u64 gpa, u64 size, enum view view)
@@ -182,11 +184,40 @@ void create_live_slot(struct machine *machine, u32 slot, u64 gpa, u64 size, enum
 	set_region(machine, &region);
 }
 
+static int create_guest_memfd(struct machine *machine, u64 size)
+{
+	struct create_guest_memfd create = {.size = size, .flags = GUEST_MEMFD_MMAP_AND_INIT_SHARED};
+	double start = now_us();
+	int fd = ioctl(machine->vm, CREATE_GUEST_MEMFD, &create);
+
+	if (fd < 0)
+		die("KVM_CREATE_GUEST_MEMFD: %s", strerror(errno));
+	machine->in_kvm += now_us() - start;
+	machine->statistics.guest_memfds++;
+	return fd;
+}
+
+/* Make what the next tripwire of a page needs. */
+void fill_reserve(struct machine *machine)
+{
+	if (machine->reserve < 0)
+		machine->reserve = create_guest_memfd(machine, PAGE);
+}
+
+static int take_guest_memfd(struct machine *machine, u64 size)
+{
+	int fd = machine->reserve;
+
+	if (size != PAGE || fd < 0)
+		return create_guest_memfd(machine, size);
+	machine->reserve = -1;
+	return fd;
+}
+
 /* A slot whose guest_memfd has no file descriptor any more: each access faults with the page's gpa. An access that
  * KVM emulates goes through userspace_addr, which is PROT_NONE, so that too comes out as an exit. */
 void create_tripwire(struct machine *machine, u32 slot, u64 gpa, u64 size, enum view view)
 {
-	struct create_guest_memfd create = {.size = size, .flags = GUEST_MEMFD_MMAP_AND_INIT_SHARED};
 	struct memory_region2 region = {
 		.slot = slot,
 		.flags = MEM_GUEST_MEMFD,
@@ -194,12 +225,9 @@ void create_tripwire(struct machine *machine, u32 slot, u64 gpa, u64 size, enum 
 		.memory_size = size,
 		.userspace_addr = (uintptr_t)(machine->nothing + gpa),
 	};
-	double start = now_us();
-	int fd = ioctl(machine->vm, CREATE_GUEST_MEMFD, &create);
+	int fd = take_guest_memfd(machine, size);
+	double start;
 
-	if (fd < 0)
-		die("KVM_CREATE_GUEST_MEMFD: %s", strerror(errno));
-	machine->in_kvm += now_us() - start;
 	region.guest_memfd = fd;
 	set_region(machine, &region);
 	start = now_us();

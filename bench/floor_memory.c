@@ -58,6 +58,7 @@ void build_memory(struct machine *machine)
 		gpa += piece->size;
 	}
 	machine->in_kvm = 0;
+	machine->statistics = (struct statistics){0}; /* a machine's start is not what is measured */
 }
 
 /* Returns the index of the piece that holds gpa, which is free memory. */
@@ -76,8 +77,8 @@ static size_t find_piece(struct machine *machine, u64 gpa)
 	return low;
 }
 
-/* Cut the piece at `index` at `start` and `end` within it; false where there are not enough slots. While its slots
- * are away other vCPUs would see a hole, so they must be paused. */
+/* Cut what is from `start` to `end` out of the piece at `index`, and make its other view live; false where there are
+ * not enough slots. While the slots are away other vCPUs would see a hole, so they must be paused. */
 static bool cut(struct machine *machine, size_t index, u64 start, u64 end)
 {
 	struct piece whole = machine->pieces[index];
@@ -87,10 +88,9 @@ static bool cut(struct machine *machine, size_t index, u64 start, u64 end)
 
 	for (unsigned i = 0; i < 3; i++)
 		if (edges[i] < edges[i + 1])
-			parts[count++] = (struct piece){
-				.gpa = edges[i], .size = edges[i + 1] - edges[i], .live = whole.live};
-	if (count == 1)
-		return true;
+			parts[count++] = (struct piece){.gpa = edges[i],
+							.size = edges[i + 1] - edges[i],
+							.live = edges[i] == start ? other(whole.live) : whole.live};
 	if (machine->free_slot_count < (count - 1) * (machine->options.hole ? 1 : 2))
 		return false;
 	machine->statistics.cuts++;
@@ -108,7 +108,6 @@ static bool cut(struct machine *machine, size_t index, u64 start, u64 end)
 static void flip(struct machine *machine, struct piece *piece)
 {
 	enum view old = piece->live, new = other(old);
-	double start;
 
 	if (machine->options.hole) {
 		delete_slot(machine, piece->slot[old], piece->gpa, old);
@@ -121,11 +120,32 @@ static void flip(struct machine *machine, struct piece *piece)
 	}
 	create_live_slot(machine, piece->slot[new], piece->gpa, piece->size, new);
 	piece->live = new;
-	start = now_us();
-	if (fallocate(machine->side_fd[old], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, piece->gpa, piece->size))
+}
+
+static void discard(struct machine *machine, u64 gpa, u64 size, enum view view)
+{
+	double start = now_us();
+
+	if (fallocate(machine->side_fd[view], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, gpa, size))
 		die("fallocate: %s", strerror(errno));
 	machine->in_kvm += now_us() - start;
 	machine->statistics.discards++;
+}
+
+void clear_up(struct machine *machine)
+{
+	struct statistics *statistics = &machine->statistics;
+
+	if (!machine->left.any)
+		return;
+	discard(machine, machine->left.gpa, PAGE, machine->left.view);
+	machine->left.any = false;
+	if (machine->options.early && !machine->options.hole)
+		fill_reserve(machine);
+	if (statistics->conversions <= machine->options.skip)
+		statistics->in_kvm_first += machine->in_kvm;
+	else
+		statistics->in_kvm += machine->in_kvm;
 }
 
 /* Convert one page; false where there are not enough slots to cut it out. */
@@ -133,28 +153,29 @@ static bool convert_page(struct machine *machine, u64 gpa)
 {
 	struct statistics *statistics = &machine->statistics;
 	size_t index = find_piece(machine, gpa);
-	bool whole = machine->pieces[index].size == PAGE, paused = !whole || machine->options.kick_always;
+	bool whole = machine->pieces[index].size == PAGE, paused = !whole || machine->options.kick_always, done = true;
+	enum view old = machine->pieces[index].live;
 
 	if (statistics->conversions == 0)
 		statistics->first = now_us();
 	machine->in_kvm = 0;
 	if (paused)
 		pause_vcpus(machine);
-	if (!whole && !cut(machine, index, gpa, gpa + PAGE)) {
-		resume_vcpus(machine);
-		return false;
-	}
-	flip(machine, &machine->pieces[find_piece(machine, gpa)]);
+	if (whole)
+		flip(machine, &machine->pieces[index]);
+	else
+		done = cut(machine, index, gpa, gpa + PAGE);
 	if (paused)
 		resume_vcpus(machine);
+	if (!done)
+		return false;
 	statistics->conversions++;
+	machine->left = (struct left){.any = true, .gpa = gpa, .view = old};
+	if (!machine->options.early)
+		clear_up(machine);
 	statistics->last = now_us();
-	if (statistics->conversions <= machine->options.skip) {
+	if (statistics->conversions <= machine->options.skip)
 		statistics->skipped = statistics->last;
-		statistics->in_kvm_first += machine->in_kvm;
-	} else {
-		statistics->in_kvm += machine->in_kvm;
-	}
 	return true;
 }
 
@@ -205,11 +226,13 @@ u64 convert_range(struct machine *machine, u64 gpa, u64 pages, u64 attributes)
 		u64 piece_end = piece->gpa + piece->size, stop = piece_end < end ? piece_end : end;
 
 		if (piece->live != view) {
-			if (!cut(machine, index, gpa, stop)) {
+			if (piece->gpa == gpa && piece_end == stop) {
+				flip(machine, piece);
+			} else if (!cut(machine, index, gpa, stop)) {
 				result = EAGAIN;
 				break;
 			}
-			flip(machine, &machine->pieces[find_piece(machine, gpa)]);
+			discard(machine, gpa, stop - gpa, other(view));
 		}
 		gpa = stop;
 	}

@@ -1,4 +1,4 @@
-/* vCPU threads, the gate that keeps them out of the guest, and the service thread of mode `service`. */
+/* vCPU threads, the gate that keeps them out of the guest, and the service thread of modes `service` and `early`. */
 #define _GNU_SOURCE
 #include "floor.h"
 
@@ -70,6 +70,13 @@ static void *serve(void *argument)
 		pthread_mutex_lock(&service.lock);
 		request->done = true;
 		pthread_cond_signal(&request->answered);
+		if (machine->options.early) {
+			pthread_mutex_unlock(&service.lock);
+			pthread_mutex_lock(&machine->lock);
+			clear_up(machine);
+			pthread_mutex_unlock(&machine->lock);
+			pthread_mutex_lock(&service.lock);
+		}
 	}
 	pthread_mutex_unlock(&service.lock);
 	return NULL;

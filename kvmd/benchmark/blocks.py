@@ -12,10 +12,8 @@ from dataclasses import replace
 from functools import partial
 
 from kvmd.benchmark.measure import Options, Ratio, Report, Series, take_turns_together
-from kvmd.benchmark.runs import Load, run_kvmd, timed_open
-from kvmd.guests import GUESTS
+from kvmd.benchmark.runs import Load, on_memslots, run_kvmd, timed_open
 from kvmd.protection import emulated
-from kvmd.spec.machine import MachineSpec
 from kvmd.units import GIB, KIB, MIB, format_size
 
 _BLOCKS = (512 * KIB, 1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB)
@@ -36,11 +34,11 @@ def measure(options: Options) -> Report:
 
 
 def _measure_blocks(report: Report, memory: int, options: Options) -> None:
-    load = Load(rounds=2, memory=memory)
+    load = on_memslots(Load(rounds=2, memory=memory))
 
     def with_blocks(block: int) -> Sequence[float]:
         with _block_bytes(block):
-            return _start_ms(memory), run_kvmd(load).us_first
+            return _start_ms(load), run_kvmd(load).us_first
 
     columns = take_turns_together(
         {_label(block): partial(with_blocks, block) for block in _BLOCKS},
@@ -55,8 +53,8 @@ def _measure_blocks(report: Report, memory: int, options: Options) -> None:
                 report.ratios.append(Ratio(_named(subject, f"{where}, {subject.label}"), beside))
 
 
-def _start_ms(memory: int) -> float:
-    seconds, machine = timed_open(MachineSpec(image=GUESTS["hello"].path, memory=memory))
+def _start_ms(load: Load) -> float:
+    seconds, machine = timed_open(load.spec())
     machine.close()
     return seconds * 1000
 

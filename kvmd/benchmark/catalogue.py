@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import structlog
 
@@ -54,7 +56,7 @@ def under_conditions(measure: Callable[[], Report]) -> Report:
     conditions = Conditions()
     try:
         report = measure()
-    except (FileNotFoundError, HostError, MachineSilent, BaseExceptionGroup) as error:
+    except (FileNotFoundError, subprocess.TimeoutExpired, HostError, MachineSilent, BaseExceptionGroup) as error:
         raise _unwrapped(error) from error
     finally:
         structlog.reset_defaults()
@@ -70,6 +72,8 @@ def _unwrapped(error: BaseException) -> BaseException:
     match error:
         case FileNotFoundError():
             return CannotMeasure(f"{error.filename} is not here: {error.strerror}")
+        case subprocess.TimeoutExpired():
+            return CannotMeasure(f"{Path(error.cmd[0]).name} did not end within {error.timeout:.0f} s")
         case HostError() | MachineSilent():
             return CannotMeasure(str(error))
         case _:

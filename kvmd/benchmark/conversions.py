@@ -11,7 +11,7 @@ from functools import partial
 from statistics import median
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series
-from kvmd.benchmark.runs import Load, run_floor, run_kvmd
+from kvmd.benchmark.runs import Load, run_floor, run_kvmd, settled
 from kvmd.benchmark.tables import spread
 from kvmd.benchmark.tally import Run
 from kvmd.units import format_size
@@ -22,13 +22,13 @@ TARGETS = {1: 1.3, 4: 1.5}
 USUAL = Load(vcpus=1, pages=16, rounds=17)
 _OTHER = Load(vcpus=4, pages=16, rounds=5)
 _TURNS = 40
-_MODES = ("service", "thread")
+_MODES = ("service", "early", "thread")
 
 
-def measure(options: Options) -> Report:
-    """Measure with 1 and 4 vCPUs; the single figures are those of 1."""
-    report = measure_load(USUAL, options)
-    other = measure_load(_OTHER, options)
+def measure(options: Options, turns: int | None = None) -> Report:
+    """Measure with 1 and 4 vCPUs, as ``measure_load`` does; the single figures are those of 1."""
+    report = measure_load(USUAL, options, turns)
+    other = measure_load(_OTHER, options, turns)
     report.ratios += other.ratios
     report.facts += other.facts
     report.missing += [what for what in other.missing if what not in report.missing]
@@ -36,7 +36,7 @@ def measure(options: Options) -> Report:
 
 
 def measure_load(load: Load, options: Options, turns: int | None = None) -> Report:
-    """Measure one load, of kvmd and of the C program in both its modes, in turns.
+    """Measure one load, of kvmd and of the C program in all its modes, in turns.
 
     Args:
         load: what the guest does.
@@ -47,6 +47,7 @@ def measure_load(load: Load, options: Options, turns: int | None = None) -> Repo
         CannotMeasure: kvmd cannot run it here.
         ConfigError: there is no such machine.
     """
+    load = settled(load)
     report = Report("conversions", "one conversion, end to end")
     things: dict[str, Callable[[], Run]] = {"kvmd": partial(run_kvmd, load)}
     things |= {f"floor_{mode}": partial(run_floor, load, mode) for mode in _MODES}
@@ -56,15 +57,17 @@ def measure_load(load: Load, options: Options, turns: int | None = None) -> Repo
     report.notes += [
         (
             "`floor` is bench/floor.c, the same guest and the same KVM calls in C: it converts in a `service` thread "
-            "that the faulting one wakes and waits for, as kvmd by its design, or in the faulting `thread`"
+            "that the faulting one wakes and waits for, as kvmd by its design, or in the faulting `thread`; `early`: a "
+            "service that answers in kvmd's order, before it discards and makes the next tripwire's guest_memfd"
         ),
         (
             "`in KVM`: the part that goes into changing slots and discarding; in kvmd's is also its Python between "
             "these calls, and its waiting for the interpreter lock after each"
         ),
         (
-            f"{load.pages} pages for each vCPU, {format_size(load.memory_bytes)} of memory, {load.steady} conversions "
-            "a run; the first walk over the pages, which cuts memory, is not counted"
+            f"{load.pages} pages for each vCPU, {format_size(load.memory_bytes)} of memory, protection "
+            f"{load.protection}, tripwire {load.tripwire}; {load.steady} conversions a run: as many as the first walk "
+            "over the pages has, which cuts memory, are left out"
         ),
     ]
     return report
@@ -130,14 +133,12 @@ def _single(runs: list[Run]) -> dict[str, object]:
 def _add_rows(report: Report, load: Load, runs: dict[str, list[Run]]) -> None:
     vcpus = f"{load.vcpus} vCPU{'s' if load.vcpus > 1 else ''}"
     whole = {name: _series(_label(name, vcpus), [run.us_per_conversion for run in each]) for name, each in runs.items()}
-    kvmd, service, thread = (whole.get(name) for name in ("kvmd", "floor_service", "floor_thread"))
-    assert kvmd is not None  # noqa: S101 - it is always measured
-    if service is None and thread is None:
+    kvmd = whole.pop("kvmd")
+    if not whole:
         report.facts.append(Fact(kvmd))
-    if service is not None:
-        report.ratios.append(Ratio(kvmd, service, TARGETS.get(load.vcpus)))
-    if thread is not None:
-        report.ratios.append(Ratio(kvmd, thread))
+    for name, floor in whole.items():
+        report.ratios.append(Ratio(kvmd, floor, TARGETS.get(load.vcpus) if name == "floor_service" else None))
+    service, thread = whole.get("floor_service"), whole.get("floor_thread")
     if service is not None and thread is not None:
         report.ratios.append(Ratio(service, thread))
     for what, of in (("in KVM", _in_kvm), ("first round", _first_round)):

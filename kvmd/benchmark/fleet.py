@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import structlog
 import trio
 
 from kvmd.benchmark.measure import Fact, Options, Ratio, Report, Series
-from kvmd.benchmark.qemu import qemu_starts
+from kvmd.benchmark.qemu import first_byte, qemu_firmware
 from kvmd.benchmark.runs import require_kvm
 from kvmd.benchmark.start import first_byte_of_run
 from kvmd.fleet.local import LocalFleet, open_fleet
@@ -22,6 +23,9 @@ from kvmd.spec.machine import MachineSpec
 
 TARGET_RATIO = 1.5
 """From the request to the guest's first output, beside QEMU's microvm."""
+
+_WHOLE = "create and start to the first output"
+_QEMU, _RUN = "qemu -M microvm", "kvmd run"
 
 _STALLED = 10
 _STORM_SECONDS = 1.0
@@ -41,20 +45,19 @@ def measure(options: Options) -> Report:
 
 
 async def _measure(options: Options, report: Report) -> None:
-    rounds = options.rounds(25)
-    async with _fleet() as fleet:
-        starts = await _starts(fleet, rounds)
-    whole = starts["create and start to the first output"]
-    qemu = qemu_starts(rounds)
-    if qemu is not None:
-        report.ratios.append(Ratio(whole, qemu, TARGET_RATIO))
+    others: dict[str, Callable[[], float]] = {}
+    firmware = qemu_firmware(report)
+    if firmware is not None:
+        others[_QEMU] = partial(first_byte, firmware)
         report.notes.append(
-            "QEMU's guest is 64 KiB of firmware that prints from its reset vector; both print through a 16550 at once. "
-            "The two did not take turns"
+            "QEMU's guest is 64 KiB of firmware that prints from its reset vector; both print through a 16550 at once"
         )
+    others[_RUN] = first_byte_of_run
+    async with _fleet() as fleet:
+        starts, beside = await _starts(fleet, others, options.rounds(25))
+    for label, series in beside.items():
+        report.ratios.append(Ratio(starts[_WHOLE], series, TARGET_RATIO if label == _QEMU else None))
     report.facts += [Fact(series) for series in starts.values()]
-    run = Series("kvmd run", "ms", tuple(first_byte_of_run() for _ in range(rounds)))
-    report.ratios.append(Ratio(whole, run))
     many = _MANY // 5 if options.quick else _MANY
     async with _fleet() as fleet:
         report.facts += await _idle(fleet, many)
@@ -82,8 +85,12 @@ def _spec(name: str) -> MachineSpec:
     return MachineSpec(image=GUESTS["hello"].path, name=name)
 
 
-async def _starts(fleet: LocalFleet, rounds: int) -> dict[str, Series]:
+async def _starts(
+    fleet: LocalFleet, others: Mapping[str, Callable[[], float]], rounds: int
+) -> tuple[dict[str, Series], dict[str, Series]]:
+    """Let a machine of the fleet's and the others take turns, after one that does not count."""
     created, whole, ended = [], [], []
+    beside: dict[str, list[float]] = {label: [] for label in others}
     for number in range(rounds + 1):
         name = f"start-{number}"
         began = time.perf_counter()
@@ -97,14 +104,14 @@ async def _starts(fleet: LocalFleet, rounds: int) -> dict[str, Series]:
         await fleet.wait(name, frozenset({"stopped"}))
         ended.append((time.perf_counter() - began) * 1000)
         await fleet.delete(name)
-    return {
-        label: Series(label, "ms", tuple(values[1:]))
-        for label, values in (
-            ("create", created),
-            ("create and start to the first output", whole),
-            ("create and start to the recorded end", ended),
-        )
-    }
+        for label, measure_other in others.items():
+            beside[label].append(await trio.to_thread.run_sync(measure_other))
+    starts = {"create": created, _WHOLE: whole, "create and start to the recorded end": ended}
+    return _counted(starts), _counted(beside)
+
+
+def _counted(rows: Mapping[str, list[float]]) -> dict[str, Series]:
+    return {label: Series(label, "ms", tuple(values[1:])) for label, values in rows.items()}
 
 
 async def _idle(fleet: LocalFleet, count: int) -> list[Fact]:

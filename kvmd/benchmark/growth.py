@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
-from kvmd.benchmark.runs import Load, run_floor, run_kvmd
+from kvmd.benchmark.runs import Load, floor_cannot, run_floor, run_kvmd, settled
+from kvmd.benchmark.sources import build_floor
 from kvmd.units import GIB, format_size
 
 TARGET = 1.2
@@ -33,9 +34,12 @@ _MEMORY_TURNS = 20
 def measure(options: Options) -> Report:
     """Measure the growth with memory, and then each cell of vCPUs and pages."""
     report = Report("growth", "cost by vCPUs, pages and memory")
-    small, large = Load(rounds=9), Load(rounds=9, memory=4 * GIB)
+    small = settled(Load(rounds=9))
+    large = replace(small, memory=4 * GIB)
+    has_floor = _has_floor(small, report)
     things: dict[str, Callable[[], float]] = {"kvmd small": partial(_kvmd, small), "kvmd large": partial(_kvmd, large)}
-    things |= _of_floor({"floor small": small, "floor large": large}, report)
+    if has_floor:
+        things |= _of_floor({"floor small": small, "floor large": large}, report)
     columns = take_turns(things, rounds=options.rounds(_MEMORY_TURNS), unit="us")
     for who, target in (("kvmd", TARGET), ("floor", None)):
         if f"{who} small" in columns and f"{who} large" in columns:
@@ -44,11 +48,12 @@ def measure(options: Options) -> Report:
                 Ratio(subject, _named(columns[f"{who} small"], format_size(small.memory_bytes)), target)
             )
     for vcpus in _VCPUS:
-        _measure_pages(report, vcpus, options)
+        _measure_pages(report, small, vcpus, options, has_floor=has_floor)
     report.notes += [
         "pages are those of each vCPU, and all have been converted before; the first walk over them is left out",
         "kvmd, and the floor, stand beside themselves with 16 pages or 64 MiB: what grows is slots and intervals",
         "the C floor never merges memslots, so it ends where they are used up: 32764 here, two for each page",
+        f"protection {small.protection}, tripwire {small.tripwire}",
     ]
     if not options.large:
         report.notes.append(f"--large measures {_MANY} pages of each of several vCPUs, too, which takes minutes")
@@ -62,18 +67,31 @@ def pages_of(vcpus: int, options: Options) -> list[int]:
     return sorted(pages | ({_MANY} if options.large else set()))
 
 
-def load_of(vcpus: int, pages: int) -> Load:
-    """Return the load of a cell: as many rounds as it needs for its conversions."""
-    return Load(vcpus=vcpus, pages=pages, rounds=1 + max(1, _CONVERSIONS // (2 * vcpus * pages)))
+def load_of(vcpus: int, pages: int, like: Load) -> Load:
+    """Return the load of a cell: as many rounds as it needs for its conversions, the rest as ``like`` has it."""
+    return replace(like, vcpus=vcpus, pages=pages, rounds=1 + max(1, _CONVERSIONS // (2 * vcpus * pages)))
 
 
-def _measure_pages(report: Report, vcpus: int, options: Options) -> None:
+def _has_floor(load: Load, report: Report) -> bool:
+    """Tell whether anything of the C program can be measured; if not, note why, once for all loads."""
+    try:
+        build_floor()
+        why = floor_cannot(load)
+    except CannotMeasure as error:
+        why = str(error)
+    if why:
+        report.missing.append(why)
+    return not why
+
+
+def _measure_pages(report: Report, like: Load, vcpus: int, options: Options, *, has_floor: bool) -> None:
     """Measure a row of cells: all of them take turns."""
-    loads = {pages: load_of(vcpus, pages) for pages in pages_of(vcpus, options)}
+    loads = {pages: load_of(vcpus, pages, like) for pages in pages_of(vcpus, options)}
     things: dict[str, Callable[[], float]] = {}
     for load in loads.values():
         things[f"kvmd, {_words(load)}"] = partial(_kvmd, load)
-        things |= _of_floor({f"floor, {_words(load)}": load}, report)
+        if has_floor:
+            things |= _of_floor({f"floor, {_words(load)}": load}, report)
     series = take_turns(things, rounds=options.rounds(_TURNS), unit="us")
     for load in loads.values():
         subject, beside = series[f"kvmd, {_words(load)}"], series.get(f"floor, {_words(load)}")

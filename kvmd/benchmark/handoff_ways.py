@@ -31,13 +31,26 @@ TURNS = 400
 """Hand-offs in one round: some 10 milliseconds."""
 
 WARM_UP_TURNS = 40
+RARE_TURNS = 20
+RARE_SECONDS = 0.01
+"""The pause before each of these: the service has gone back to its loop by then (``LINGER_SECONDS``)."""
+
 _MEMORY = 64 * MIB
 
 
 class Way:
-    """One way of handing something to a trio task and back."""
+    """One way of handing something to a trio task and back.
+
+    Attributes:
+        label: of the way.
+        calls: how often it will be asked.
+        cpus: where a thread of its own answers, if it has one; empty for wherever that is. trio keeps threads, and with
+            them the CPUs that the way before had put them on.
+    """
 
     label = ""
+    calls = WARM_UP_TURNS + TURNS
+    cpus: frozenset[int] = frozenset()
 
     def __init__(self) -> None:
         self._answered = threading.Lock()
@@ -53,6 +66,11 @@ class Way:
 
     def close(self) -> None:
         """Give up what it holds."""
+
+    def stay(self) -> None:
+        """Put the calling thread on ``cpus``."""
+        if self.cpus:
+            os.sched_setaffinity(0, self.cpus)
 
 
 # -- the yardstick -----------------------------------------------------------------------------------------------------
@@ -77,8 +95,9 @@ class _Bare(Way):
         await trio.to_thread.run_sync(self._echo)
 
     def _echo(self) -> None:
+        self.stay()
         there, back = self._there.get, self._back.put
-        for _ in range(WARM_UP_TURNS + TURNS):
+        for _ in range(self.calls):
             there()
             back(1)
 
@@ -101,7 +120,8 @@ class _Bells(Way):
         await trio.to_thread.run_sync(self._echo)
 
     def _echo(self) -> None:
-        for _ in range(WARM_UP_TURNS + TURNS):
+        self.stay()
+        for _ in range(self.calls):
             self._there.wait()
             self._back.ring()
 
@@ -161,7 +181,7 @@ class _Service(Way):
         self._bell.close()
         _, records = self._ring.reader(from_oldest=True).take(self._ring.capacity)
         outcomes = [record.outcome for record in records]
-        if outcomes != [self.expected] * (WARM_UP_TURNS + TURNS):
+        if outcomes != [self.expected] * self.calls:
             raise RuntimeError(f"expected {self.expected}, got {outcomes}")
 
 
@@ -351,6 +371,9 @@ class _FromThread(Way):
 
 
 YARDSTICK: type[Way] = _Bare
+
+RARE_WAYS: tuple[type[Way], ...] = (_Bare, _Service)
+"""What is measured with pauses between."""
 
 LOADED_WAYS: tuple[type[Way], ...] = (_Bare, _Service, _Converted)
 """What is measured while the loop serves."""

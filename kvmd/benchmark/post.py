@@ -16,11 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
-from kvmd.benchmark.qemu import qemu_start
+from kvmd.benchmark.qemu import first_byte, qemu_firmware
 from kvmd.benchmark.runs import require_kvm
 from kvmd.benchmark.waiting import SERVING
 
@@ -31,6 +32,9 @@ _POST = "POST, start, first output: a fork"
 _WAITING = "POST, start, first output: a process that waited"
 _QEMU = "qemu -M microvm, first output"
 _SECONDS = 30
+_RUN_SECONDS = 0.1
+"""How long a machine runs before it is paused: it waits for what is typed by then."""
+
 _IMPORTS_SECONDS = 1.5
 """What the process that takes the place of one which became a machine has for its imports."""
 
@@ -43,7 +47,7 @@ def measure(options: Options) -> Report:
         tempfile.TemporaryDirectory() as name,
         tempfile.TemporaryDirectory() as other,
         daemon(Path(name)) as path,
-        _daemon_with_pool(Path(other)) as other_path,
+        daemon_with_pool(Path(other)) as other_path,
     ):
         client, waited = Client(path), Client(other_path)
         client.first_output()  # the first one waits for the machines' parent to import everything
@@ -51,20 +55,17 @@ def measure(options: Options) -> Report:
             _POST: client.first_output,
             _WAITING: lambda: waited.first_output(after_seconds=_IMPORTS_SECONDS),
         }
-        qemu = qemu_start()
-        if qemu is not None:
-            qemu()
-            things[_QEMU] = qemu
+        firmware = qemu_firmware(report)
+        if firmware is not None:
+            things[_QEMU] = partial(first_byte, firmware)
         series = take_turns(things, rounds=options.rounds(30), unit="ms")
         report.facts.append(Fact(Series("of which creating, a fork", "ms", tuple(client.created[2:]))))
         report.facts.append(Fact(Series("of which creating, a process that waited", "ms", tuple(waited.created[1:]))))
     for label in (_POST, _WAITING):
-        if qemu is not None:
+        if _QEMU in series:
             report.ratios.append(Ratio(series[label], series[_QEMU], TARGET))
         else:
             report.facts.append(Fact(series[label]))
-    if qemu is None:
-        report.notes.append("QEMU, a compiler or objcopy is not there")
     report.notes.append(
         "both guests print through a 16550 at once, QEMU's from its reset vector, kvmd's (builtin:hello, 64 MiB) after "
         "its start-up code, so the first output comes some milliseconds after the first instruction; kvmd was told to "
@@ -76,7 +77,7 @@ def measure(options: Options) -> Report:
 
 
 @contextmanager
-def _daemon_with_pool(folder: Path) -> Iterator[Path]:
+def daemon_with_pool(folder: Path) -> Iterator[Path]:
     """Run a daemon with processes that wait in a folder until the block ends; yield the path of its API."""
     with _running([sys.executable, "-m", "kvmd.benchmark.waiting", str(folder)], SERVING):
         yield folder / "api"
@@ -96,7 +97,8 @@ def daemon(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _running(command: list[str], serving: bytes) -> Iterator[None]:
     """Run a daemon until the block ends, which begins when that says that it serves."""
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    # What it prints is not this process's to print: on stdout there may be JSON.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None  # noqa: S101 - it is a pipe
         try:
             while serving not in (line := process.stderr.readline()):
@@ -117,9 +119,12 @@ class Client:
         self.created: list[float] = []
 
     def create_idle(self, name: str) -> int:
-        """Create a machine that is not started, and return its process's id."""
+        """Create a machine that has run and is paused, as QEMU's is then, and return its process's id."""
         with self._connected() as connection:
-            answer = _ask(connection, "POST", "/v1/machines", {"image": "builtin:hello", "name": name})
+            answer = _ask(connection, "POST", "/v1/machines", {"image": "builtin:echo", "name": name})
+            _ask(connection, "POST", f"/v1/machines/{name}/start")
+            time.sleep(_RUN_SECONDS)
+            _ask(connection, "POST", f"/v1/machines/{name}/pause")
         return int(json.loads(answer)["pid"])
 
     def first_output(self, then: Callable[[], None] | None = None, *, after_seconds: float = 0) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Report, Series
 from kvmd.benchmark.runs import require_kvm
-from kvmd.benchmark.sources import ROOT, build_folder
+from kvmd.benchmark.sources import ROOT, made_build_folder
 
 _ROUNDS = 400
 _ROUNDS_QUICK = 60
@@ -39,8 +39,7 @@ def measure(options: Options) -> Report:
     profiler = shutil.which("py-spy")
     if profiler is None:
         raise CannotMeasure("py-spy is not here: pip install py-spy (it needs root, or a process that may be traced)")
-    folder = build_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_build_folder("a profile")
     rounds = _ROUNDS_QUICK if options.quick else _ROUNDS
     raw, graph = folder / "conversion.folded", folder / "conversion.svg"
     _record(profiler, "raw", raw, rounds)
@@ -70,7 +69,8 @@ def _record(profiler: str, kind: str, output: Path, rounds: int) -> None:
         timeout=_SECONDS,
     )
     if done.returncode or not output.exists():
-        raise CannotMeasure(f"py-spy: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
+        raise CannotMeasure(f"py-spy: {said[-1]}")
     if kind == "flamegraph":
         # Its title is the whole command line.
         text = output.read_text(encoding="utf-8")

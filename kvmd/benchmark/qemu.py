@@ -5,28 +5,37 @@ from __future__ import annotations
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-from kvmd.benchmark.measure import CannotMeasure, Series
-from kvmd.benchmark.sources import PROGRAMS, build_folder
+from kvmd.benchmark.measure import CannotMeasure, Report
+from kvmd.benchmark.sources import PROGRAMS, made_build_folder
 
 _QEMU = "qemu-system-x86_64"
 _OPTIONS = (
-    *("-M", "microvm,isa-serial=on", "-accel", "kvm", "-cpu", "host", "-m", "64"),
+    # Some KVMs offer ARCH_CAPABILITIES and then refuse to set them, which ends QEMU; its guest has no use for them.
+    *("-M", "microvm,isa-serial=on", "-accel", "kvm", "-cpu", "host,-arch-capabilities", "-m", "64"),
     *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"),
     *("-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
 )
 _PACKAGES = {_QEMU: "qemu-system-x86", "cc": "gcc", "objcopy": "binutils"}
 
 
+def qemu_firmware(report: Report) -> Path | None:
+    """Return what ``need_qemu`` does; where there is nothing to stand beside kvmd, note why and return None."""
+    try:
+        return need_qemu()
+    except CannotMeasure as error:
+        report.missing.append(str(error))
+        return None
+
+
 def need_qemu() -> Path:
-    """Return the firmware that is QEMU's guest, built.
+    """Return the firmware that is QEMU's guest, built and tried.
 
     Raises:
-        CannotMeasure: QEMU, or what builds the firmware, is not here.
+        CannotMeasure: QEMU, or what builds the firmware, is not here, or does not run it.
     """
     for tool, package in _PACKAGES.items():
         if shutil.which(tool) is None:
@@ -34,8 +43,7 @@ def need_qemu() -> Path:
     source = PROGRAMS / "firmware.S"
     if not source.exists():
         raise CannotMeasure("QEMU's guest is not here: run kvmd from its source tree, where bench/ has firmware.S")
-    folder = build_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_build_folder("QEMU's guest")
     objects, firmware = folder / "firmware.o", folder / "firmware.bin"
     for command in (
         ["cc", "-m32", "-c", str(source), "-o", str(objects)],
@@ -43,25 +51,9 @@ def need_qemu() -> Path:
     ):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise CannotMeasure(f"QEMU's guest cannot be built: {done.stderr.strip().splitlines()[-1]}")
+            raise CannotMeasure(f"QEMU's guest cannot be built: {_last_line(done.stderr)}")
+    first_byte(firmware)
     return firmware
-
-
-def qemu_start() -> Callable[[], float] | None:
-    """Return what measures one start, as ``qemu_starts`` does; None where something is missing."""
-    try:
-        return partial(first_byte, need_qemu())
-    except CannotMeasure:
-        return None
-
-
-def qemu_starts(rounds: int) -> Series | None:
-    """Return milliseconds from exec to the guest's first byte; None where QEMU, a compiler or objcopy is missing."""
-    start = qemu_start()
-    if start is None:
-        return None
-    start()
-    return Series("qemu -M microvm", "ms", tuple(start() for _ in range(rounds)))
 
 
 def first_byte(firmware: Path) -> float:
@@ -94,8 +86,13 @@ def _running(firmware: Path, *more: str) -> Iterator[subprocess.Popen[bytes]]:
     ) as process:
         assert process.stdout is not None and process.stderr is not None  # noqa: S101, PT018 - they are pipes
         if not process.stdout.read(1):
-            raise CannotMeasure(f"QEMU microvm ended: {process.stderr.read().decode(errors='replace').strip()}")
+            said = process.stderr.read().decode(errors="replace")
+            raise CannotMeasure(f"QEMU microvm ended before its guest said anything: {_last_line(said)}")
         yield process
+
+
+def _last_line(said: str) -> str:
+    return (said.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

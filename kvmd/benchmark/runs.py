@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import trio
@@ -16,8 +16,10 @@ from kvmd.benchmark.measure import CannotMeasure
 from kvmd.benchmark.sources import build_floor
 from kvmd.benchmark.tally import Run, Tally
 from kvmd.conversion.ring import DEFAULT_CAPACITY, RecordReader
-from kvmd.errors import HostError
+from kvmd.errors import BackendError, HostError
 from kvmd.guests import GUESTS
+from kvmd.host_choice import create_vm
+from kvmd.kvm.system import Kvm
 from kvmd.machine import Machine
 from kvmd.spec.machine import MachineSpec
 from kvmd.stop import Stop, StopReason
@@ -74,6 +76,45 @@ class Load:
         """Conversions of all rounds."""
         return self.first_round * self.rounds
 
+    def spec(self, accelerator: Literal["kvm", "software"] = "kvm") -> MachineSpec:
+        """Return the machine that does it. Raises ConfigError where there is none."""
+        return MachineSpec(
+            image=GUESTS["pingpong"].path,
+            vcpus=self.vcpus,
+            memory=self.memory_bytes,
+            accelerator=accelerator,
+            protection=self.protection,
+            tripwire=self.tripwire,
+            arguments=(self.pages, self.rounds),
+        )
+
+
+def settled(load: Load) -> Load:
+    """Return the load with the protection and the tripwire that kvmd gives it here, where that is left to kvmd.
+
+    What stands beside kvmd has to make the same calls, and these are others for each tripwire.
+
+    Raises:
+        CannotMeasure: this host has not what it asks for.
+        ConfigError: there is no such machine.
+    """
+    spec = load.spec()
+    require_kvm()
+    try:
+        with Kvm.open() as kvm:
+            vm, choice = create_vm(kvm, spec.protection, spec.tripwire)
+            vm.close()
+    except (BackendError, HostError) as error:
+        raise CannotMeasure(str(error)) from error
+    tripwire = load.tripwire if choice.tripwire is None else choice.tripwire.value
+    return replace(load, protection=choice.protection, tripwire=tripwire)
+
+
+def on_memslots(load: Load) -> Load:
+    """Return the load with emulated protection by memslots, whatever else this host has. Raises as ``settled``."""
+    found = settled(load)
+    return replace(load, tripwire="guest_memfd") if found.tripwire == "attribute" else found
+
 
 def run_kvmd(load: Load, accelerator: Literal["kvm", "software"] = "kvm") -> Run:
     """Run the guest under kvmd, on KVM or the software CPU.
@@ -84,15 +125,7 @@ def run_kvmd(load: Load, accelerator: Literal["kvm", "software"] = "kvm") -> Run
     """
     if accelerator == "kvm":
         require_kvm()
-    spec = MachineSpec(
-        image=GUESTS["pingpong"].path,
-        vcpus=load.vcpus,
-        memory=load.memory_bytes,
-        accelerator=accelerator,
-        protection=load.protection,
-        tripwire=load.tripwire,
-        arguments=(load.pages, load.rounds),
-    )
+    spec = load.spec(accelerator)
     gc.collect()
     tally = Tally(load.first_round)
     try:
@@ -131,7 +164,12 @@ def _take(reader: RecordReader, tally: Tally) -> None:
 
 
 def run_floor(load: Load, mode: str) -> Run:
-    """Run the guest under the C floor, whose conversions are made by the faulting ``thread`` or by a ``service``.
+    """Run the guest under the C floor.
+
+    Args:
+        load: what the guest does, ``settled``.
+        mode: who converts: the faulting ``thread``, a ``service`` thread, or one that answers ``early``, as kvmd's
+            does: before it discards the side left behind and makes the next tripwire's guest_memfd.
 
     Raises:
         CannotMeasure: it cannot be built, or cannot run the guest.
@@ -158,7 +196,7 @@ def floor_cannot(load: Load) -> str | None:
     if load.protection != "emulated":
         return f"the C program has emulated protection only, not {load.protection}"
     if load.tripwire == "attribute":
-        return "the C program has the tripwires guest_memfd and hole only, not attribute"
+        return "the C program has the tripwires guest_memfd and hole only, not attribute: choose one with --tripwire"
     return None
 
 

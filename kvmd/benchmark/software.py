@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 from kvmd.benchmark.measure import CannotMeasure, Options, Ratio, Report, take_turns
-from kvmd.benchmark.runs import Load, require_kvm, run_kvmd
+from kvmd.benchmark.runs import Load, on_memslots, require_kvm, run_kvmd
 from kvmd.hv.exits import PortIo
 from kvmd.hv.vcpu import Registers, Vcpu
 from kvmd.kvm.fault_layout import MERGED
@@ -48,7 +48,7 @@ def measure(options: Options) -> Report:
         vcpus = f"{load.vcpus} vCPU{'s' if load.vcpus > 1 else ''}"
         software, kvm = f"a conversion on software, {vcpus}", f"on KVM, {vcpus}"
         series = take_turns(
-            {software: partial(_conversion, load, "software"), kvm: partial(_conversion, load, "kvm")},
+            {software: partial(_conversion, load, "software"), kvm: partial(_conversion, on_memslots(load), "kvm")},
             rounds=options.rounds(20),
             unit="us",
         )

@@ -5,6 +5,7 @@ An installed kvmd has none of it; then its own figures have nothing beside them,
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -26,6 +27,21 @@ def build_folder() -> Path:
     """Return where what is built goes: the source tree's ``build/bench``, or ``$KVMD_BENCH_BUILD``."""
     # The lab's root file system is read-only but for one folder.
     return Path(os.environ.get("KVMD_BENCH_BUILD", ROOT / "build" / "bench"))
+
+
+def made_build_folder(what: str) -> Path:
+    """Return the folder, made and looked at: ``what`` is to be built there. Raises CannotMeasure."""
+    folder = build_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written")
+    except OSError as error:
+        raise CannotMeasure(
+            f"{what} cannot be built in {folder}: {error.strerror}: "
+            "name a folder that can be written in KVMD_BENCH_BUILD"
+        ) from error
+    return folder
 
 
 def build_floor() -> Path:
@@ -67,19 +83,16 @@ def compiled(name: str, pattern: str) -> Path:
     if compiler is None:
         raise CannotMeasure(f"the C program `{name}` needs a C compiler: install gcc")
     code = [str(source) for source in sources if source.suffix == ".c"]
+    made_build_folder(f"the C program `{name}`")
+    # Aside and renamed: another run of it may be going on.
+    aside = folder / f"{name}.{os.getpid()}"
+    command = [compiler, "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(aside), *code]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Aside and renamed: another run of it may be going on.
-        aside = folder / f"{name}.{os.getpid()}"
-        command = [compiler, "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(aside), *code]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
             raise CannotMeasure(f"the C program `{name}` cannot be compiled: {first}")
         aside.rename(program)
-    except OSError as error:
-        raise CannotMeasure(
-            f"the C program `{name}` cannot be built in {folder}: {error.strerror}: "
-            "name a folder that can be written in KVMD_BENCH_BUILD"
-        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
     return program

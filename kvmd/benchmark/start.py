@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kvmd.benchmark.measure import CannotMeasure, Fact, Options, Ratio, Report, Series, take_turns
 from kvmd.benchmark.post import Client, daemon
-from kvmd.benchmark.qemu import first_byte, idle, need_qemu
+from kvmd.benchmark.qemu import first_byte, idle, qemu_firmware
 from kvmd.benchmark.resident import pss_mib, rss_mib
 from kvmd.benchmark.runs import require_kvm
 from kvmd.benchmark.sources import ROOT, build_folder
@@ -47,11 +47,7 @@ def measure(options: Options) -> Report:
     """Measure starts in turns, and then memory in turns."""
     require_kvm()
     report = Report("start", "from its creation to the guest's first output, and memory when idle")
-    try:
-        firmware: Path | None = need_qemu()
-    except CannotMeasure as error:
-        firmware = None
-        report.missing.append(str(error))
+    firmware = qemu_firmware(report)
     _measure_starts(report, firmware, options)
     _measure_memory(report, firmware, options)
     report.notes += [
@@ -61,9 +57,10 @@ def measure(options: Options) -> Report:
         ),
         "slowest imports of `kvmd run` (by itself, under -X importtime): " + ", ".join(_imports()),
         (
-            f"memory: PSS counts what processes have in common with its part; one machine beside one QEMU, and each "
-            f"of {_IDLE} machines, whose processes are forks of one parent; no guest runs, QEMU's has ended "
-            "and left it paused"
+            "memory: PSS counts what processes have in common with its part, what kvmd's have with the daemon and with "
+            "this Python, and QEMU's with any other, too; one machine beside one QEMU, and each of "
+            f"{_IDLE} machines, whose processes are forks of one parent; no guest runs: kvmd's (builtin:echo) has "
+            "run and was paused, QEMU's has ended and left it paused"
         ),
     ]
     return report

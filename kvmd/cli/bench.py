@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import sys
 import time
@@ -16,7 +18,7 @@ import click
 from kvmd.benchmark import catalogue
 from kvmd.benchmark.measure import CannotMeasure, Options, Report
 from kvmd.benchmark.tables import as_json, render
-from kvmd.errors import ConfigError
+from kvmd.errors import ConfigError, HostError
 from kvmd.lazy_group import LazyGroup
 from kvmd.options import parse_size_option
 from kvmd.stop import ExitStatus
@@ -136,13 +138,14 @@ def conversions(
     """Measure a conversion, end to end, beside the same KVM calls in C.
 
     The guest `pingpong` walks its pages R times, and touches each in its shared and then its private view: each touch
-    is one conversion. The first walk, which cuts memory into pages, is told apart. Without any option of its load, 1
-    and 4 vCPUs are measured.
+    is one conversion. The first walk, which cuts memory into pages, is told apart. Without any option of its load (all
+    but --turns), 1 and 4 vCPUs are measured, and the keys are those of 1.
 
     Keys of the JSON, of kvmd's own run, medians over the runs: `conversions` (after the first walk),
     `us_per_conversion` (wall time), `us_in_kvm`, `per_second`, `first_round_conversions`,
-    `first_round_us_per_conversion`; the same under `floor_service` and `floor_thread`; and `ratio_service`,
-    `ratio_thread`, `ratio_in_kvm` with `median`, `quartiles`, `min`, `max` and `rounds`.
+    `first_round_us_per_conversion`; the same under `floor_service`, `floor_early` and `floor_thread`; and
+    `ratio_service`, `ratio_early`, `ratio_thread` and `ratio_in_kvm` with `median`, `quartiles`, `min`, `max` and
+    `rounds`.
     """
     options = Options(quick=quick, large=large)
     given = {key: value for key, value in load.items() if value is not None}
@@ -151,8 +154,8 @@ def conversions(
         from kvmd.benchmark import conversions as module  # noqa: PLC0415 - so that --help does not wait for a machine
         from kvmd.benchmark.runs import Load  # noqa: PLC0415 - as above
 
-        if not given and turns is None:
-            return module.measure(options)
+        if not given:
+            return module.measure(options, turns)
         return module.measure_load(Load(**given), options, turns)  # type: ignore[arg-type]  # click checked them
 
     return _measure(
@@ -165,17 +168,12 @@ def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, ou
 
     Raises:
         ConfigError: the output cannot be written.
+        HostError: it could not any more.
     """
-    if output is not None:
-        # Now: nobody wants to learn at the end of a quarter of an hour that it cannot be written.
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.touch()
-        except OSError as error:
-            raise ConfigError(f"{output} cannot be written: {error.strerror}: choose another --output") from error
+    file = None if output is None else _Output(output)
     # As Ctrl-C, which trio takes in order: what was started is ended, machines that would outlive this process too.
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    results = _Results(output, single=single)
+    results = _Results(file, single=single)
     try:
         _run(measures, results, as_json_=as_json_)
     finally:
@@ -183,6 +181,49 @@ def _measure(measures: Mapping[str, Callable[[], Report]], *, as_json_: bool, ou
     if as_json_ and (results.reports or not single):
         print(results.document(), end="")
     return ExitStatus.HOST if results.failed else 0
+
+
+class _Output:
+    """The file that results go to as they come: at any time it is whole, or as it was before.
+
+    Args:
+        path: of it. What is no regular file, such as /dev/stdout, is written as it is.
+
+    Raises:
+        ConfigError: it cannot be written. Now: nobody wants to learn that at the end of a quarter of an hour.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Through symbolic links: what is renamed takes the place of a link, not of what that leads to.
+        self._whole = Path(os.path.realpath(path))
+        self._aside = self._whole.with_name(f".{self._whole.name}.{os.getpid()}")
+        try:
+            self._in_place = path.exists() and not path.is_file()
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if not self._in_place:
+                self._whole.parent.mkdir(parents=True, exist_ok=True)
+                self._aside.touch()
+                self._aside.unlink()
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written: {error.strerror}: choose another --output") from error
+
+    def write(self, text: str) -> None:
+        """Make it hold just this. Raises HostError."""
+        try:
+            if self._in_place:
+                self._path.write_text(text, encoding="utf-8")
+                return
+            try:
+                self._aside.write_text(text, encoding="utf-8")
+                self._aside.replace(self._whole)
+            finally:
+                self._aside.unlink(missing_ok=True)
+        except OSError as error:
+            raise HostError(f"{self._path} cannot be written any more: {error.strerror}") from error
 
 
 class _Results:
@@ -193,7 +234,7 @@ class _Results:
         failed: why others were not.
     """
 
-    def __init__(self, output: Path | None, *, single: bool) -> None:
+    def __init__(self, output: _Output | None, *, single: bool) -> None:
         self._output = output
         self._single = single
         self.reports: list[dict[str, object]] = []
@@ -209,21 +250,21 @@ class _Results:
     def write(self) -> None:
         """Write it to the output, where there is one."""
         if self._output is not None:
-            self._output.write_text(self.document(), encoding="utf-8")
+            self._output.write(self.document())
 
 
 def _run(measures: Mapping[str, Callable[[], Report]], results: _Results, *, as_json_: bool) -> None:
     """Measure one after the other."""
     for place, (name, measure) in enumerate(measures.items(), 1):
-        with _progress(f"{place}/{len(measures)} {name}"):
-            try:
+        try:
+            with _progress(f"{place}/{len(measures)} {name}"):
                 report = measure()
                 results.reports.append(as_json(report))
-            except CannotMeasure as error:
-                results.failed[name] = str(error)
-                _say(f"{name}: not measured: {error}")
-                results.write()
-                continue
+        except CannotMeasure as error:
+            results.failed[name] = str(error)
+            _say(f"{name}: not measured: {error}")
+            results.write()
+            continue
         results.write()
         for what in report.missing:
             _say(f"{name}: not measured: {what}")
@@ -243,10 +284,11 @@ class _progress:  # noqa: N801 - reads as a statement
         if self._shown:
             print(f"measuring {self._what} ...", end="", flush=True, file=sys.stderr)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
         if self._shown:
-            print(f"\r\x1b[Kmeasured {self._what} in {time.monotonic() - self._began:.0f} s", file=sys.stderr)
+            done = f"measured {self._what} in {time.monotonic() - self._began:.0f} s\n" if failed is None else ""
+            print(f"\r\x1b[K{done}", end="", flush=True, file=sys.stderr)
 
 
 def _say(message: str) -> None:
-    print(f"kvmd: bench: {message}", file=sys.stderr)
+    print(f"kvmd: bench: {' '.join(message.split())}", file=sys.stderr)

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import trio
@@ -87,12 +90,79 @@ def test_what_was_measured_before_an_interruption_is_in_the_output(
     assert [report["name"] for report in json.loads(output.read_text())["benchmarks"]] == before
 
 
+def test_an_interruption_leaves_no_file_that_holds_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(catalogue, "run", mock.Mock(side_effect=KeyboardInterrupt))
+    output = tmp_path / "results.json"
+    assert run_cli(["bench", "api", "--output", str(output)]) == ExitStatus.STOPPED
+    assert list(tmp_path.iterdir()) == []
+    output.write_text("of yesterday")
+    assert run_cli(["bench", "api", "--output", str(output)]) == ExitStatus.STOPPED
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of yesterday"]
+
+
+def test_a_disk_that_fills_up_leaves_the_last_results_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catalogue, "run", fake_run)
+    output = tmp_path / "results.json"
+    output.write_text("of yesterday")
+
+    def half(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text[:10].encode(encoding))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    assert run_cli(["bench", "api", "--quick", "--output", str(output)]) == ExitStatus.HOST
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of yesterday"]
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line == f"kvmd: error: {output} cannot be written any more: No space left on device"
+
+
+def test_an_output_may_be_a_link_or_no_file_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(catalogue, "run", fake_run)
+    link, file, pipe = tmp_path / "link", tmp_path / "file", tmp_path / "pipe"
+    link.symlink_to(file)
+    assert run_cli(["bench", "api", "--quick", "--output", str(link)]) == 0
+    assert link.is_symlink()
+    assert json.loads(file.read_text())["name"] == "api"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run_cli(["bench", "api", "--quick", "--output", str(pipe)]) == 0
+        assert json.loads(os.read(reading, 1 << 16))["name"] == "api"
+    finally:
+        os.close(reading)
+    assert pipe.is_fifo()
+
+
+def test_what_a_program_said_in_several_lines_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catalogue, "run", mock.Mock(side_effect=CannotMeasure("bare: this\nand that\n")))
+    assert run_cli(["bench", "large"]) == ExitStatus.HOST
+    assert capsys.readouterr().err == "kvmd: bench: large: not measured: bare: this and that\n"
+
+
+def test_a_terminal_is_told_what_was_measured_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(catalogue, "run", fake_run)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run_cli(["bench", "start", "--quick"]) == ExitStatus.HOST
+    shown = capsys.readouterr().err
+    assert shown.startswith("measuring 1/1 start ...\r\x1b[Kkvmd: bench: start: not measured: ")
+    assert "measured start" not in shown
+    assert run_cli(["bench", "api", "--quick"]) == 0
+    assert "\r\x1b[Kmeasured 1/1 api in 0 s\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
         (HostError("no room"), "no room"),
         (ExceptionGroup("", [CannotMeasure("lost")]), "lost"),
         (FileNotFoundError(2, "No such file", "qemu"), "qemu is not here: No such file"),
+        (subprocess.TimeoutExpired(["/there/floor"], 60.0), "floor did not end within 60 s"),
     ],
 )
 def test_what_a_host_lacks_is_no_bug(error: Exception, message: str) -> None:
@@ -165,20 +235,28 @@ def test_a_machine_that_there_cannot_be_is_one_line(
 @pytest.mark.kvm
 @pytest.mark.compiler
 def test_conversions_have_their_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "conversions", "--pages", "3", "--rounds", "4", "--vcpus", "2", "--turns", "2", "--json"]
-    assert run_cli(arguments) == 0
+    arguments = ["--pages", "3", "--rounds", "4", "--vcpus", "2", "--turns", "2", "--tripwire", "guest_memfd"]
+    assert run_cli(["bench", "conversions", *arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["conversions"] == 2 * 3 * 2 * 3
     assert found["first_round_conversions"] == 2 * 3 * 2
     assert found["per_second"] == pytest.approx(1e6 / found["us_per_conversion"], rel=0.01)
     assert found["us_in_kvm"] > 0
     assert found["runs"] == 2
-    for mode in ("service", "thread"):
+    for mode in ("service", "early", "thread"):
         assert found[f"floor_{mode}"]["conversions"] == found["conversions"]
         ratio = found[f"ratio_{mode}"]
         assert ratio["min"] <= ratio["median"] <= ratio["max"]
         assert ratio["rounds"] == 2
     assert {"load_before", "stolen_percent", "python", "python_optimised"} <= found["conditions"].keys()
+
+
+def test_turns_are_no_load_of_their_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("kvmd.benchmark.conversions.measure", lambda _, turns: a_report(f"both {turns}"))
+    monkeypatch.setattr("kvmd.benchmark.conversions.measure_load", lambda *_: a_report("one"))
+    for options, name in (((), "one"), (("--turns", "3"), "both 3")):
+        assert run_cli(["bench", "conversions", *(options or ("--pages", "2")), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["name"] == name
 
 
 @pytest.mark.kvm
