@@ -204,15 +204,12 @@ def _kernel_area(kernel: Kernel, low_end: int) -> GpaRange:
             raise _too_small(kernel.image.end)
         return GpaRange(page_floor(kernel.image.start), page_ceil(kernel.image.end))
     size = page_ceil(kernel.memory_size)
-    preferred = kernel.preferred_address
-    if preferred >= MIB and not preferred % PAGE_SIZE and preferred + size <= low_end:
-        return GpaRange.of_size(preferred, size)
-    if kernel.alignment:
-        lowest = -(-MIB // kernel.alignment) * kernel.alignment
-        if not lowest % PAGE_SIZE and lowest + size <= low_end:
-            return GpaRange.of_size(lowest, size)
-        raise _too_small(max(lowest, PAGE_SIZE) + size)
-    raise _too_small(preferred + size)
+    # As the kernel itself reckons (boot.rst, "init_size"): put below where it wants to be, it moves up to there.
+    alignment = max(kernel.alignment, PAGE_SIZE)
+    start = -(-max(kernel.preferred_address, MIB) // alignment) * alignment
+    if start + size > low_end:
+        raise _too_small(start + size)
+    return GpaRange.of_size(start, size)
 
 
 def _too_small(needed: int) -> ImageError:

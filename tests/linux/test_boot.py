@@ -114,10 +114,18 @@ def test_pvh() -> None:
     ]
 
 
-def test_a_kernel_that_does_not_fit_where_it_wants_to_be_moves_down_if_it_may() -> None:
-    assert planned(memory=20 * MIB).registers.rip == 2 * MIB + 0x200
+@pytest.mark.parametrize("relocatable", [0, 1])
+def test_a_kernel_that_does_not_fit_where_it_wants_to_be_is_refused(relocatable: int) -> None:
+    # Put below, a relocatable one moves up to there all the same, and finds no memory (boot.rst, "init_size").
+    file = bzimage({kernels.RELOCATABLE: relocatable})
+    assert planned(file, memory=24 * MIB).registers.rip == 16 * MIB + 0x200
     with pytest.raises(ImageError, match="the memory is too small for this kernel: it needs 24 MiB"):
-        planned(bzimage({kernels.RELOCATABLE: 0}), memory=20 * MIB)
+        planned(file, memory=24 * MIB - 4096)
+
+
+@pytest.mark.parametrize(("preferred", "start"), [(0, 2 * MIB), (3 * MIB, 4 * MIB), (16 * MIB + 4096, 18 * MIB)])
+def test_a_kernel_that_may_lie_elsewhere_lies_where_its_alignment_lets_it(preferred: int, start: int) -> None:
+    assert planned(bzimage({kernels.PREFERRED: preferred})).registers.rip == start + 0x200
 
 
 def test_a_kernel_that_wants_more_than_any_machine_has_is_refused() -> None:
