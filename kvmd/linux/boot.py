@@ -228,7 +228,8 @@ def _place_initrd(initrd: bytes, kernel_area: GpaRange, low_end: int, kernel: Ke
     """Return where the initrd goes: as high as the kernel takes it, clear of the kernel; None where there is none."""
     if not initrd:
         return None
-    limit = min(low_end, kernel.initrd_limit if isinstance(kernel, BzImage) else LOW_MEMORY_END)
+    highest = min(kernel.initrd_limit, LOW_MEMORY_END) if isinstance(kernel, BzImage) else LOW_MEMORY_END
+    limit = min(low_end, highest)
     size = page_ceil(len(initrd))
     gpa = page_floor(limit) - size
     if gpa >= kernel_area.end:
@@ -238,9 +239,9 @@ def _place_initrd(initrd: bytes, kernel_area: GpaRange, low_end: int, kernel: Ke
     if gpa >= MIB:
         return gpa
     needed = kernel_area.end + size
-    if needed > min(limit, LOW_MEMORY_END) and needed > low_end > limit:
+    if needed > highest:
         raise ImageError(
-            f"the initrd of {format_size(len(initrd))} does not fit below {limit:#x}, where this kernel wants it"
+            f"the initrd of {format_size(len(initrd))} does not fit below {highest:#x}, where this kernel wants it"
         )
     raise ImageError(
         f"the initrd of {format_size(len(initrd))} does not fit beside the kernel: give at least "

@@ -139,6 +139,13 @@ def test_an_initrd_that_does_not_fit_is_refused_with_what_would_do(file: bytes, 
         planned(file, initrd=bytes(size))
 
 
+@pytest.mark.parametrize("memory", [60 * MIB, 256 * MIB, 4 * GIB])
+def test_an_initrd_that_no_memory_makes_fit_is_refused_with_the_reason(memory: int) -> None:
+    file = bzimage({kernels.INITRD_LIMIT: 64 * MIB - 1})
+    with pytest.raises(ImageError, match=r"the initrd of 50 MiB does not fit below 0x4000000, where this kernel"):
+        planned(file, memory=memory, initrd=bytes(50 * MIB))
+
+
 def test_an_initrd_may_lie_below_a_kernel_that_is_high() -> None:
     boot = planned(bzimage({kernels.PREFERRED: 200 * MIB, kernels.MEMORY_SIZE: 56 * MIB}), initrd=b"x")
     assert image_of(boot)[200 * MIB - 4096] == b"x"
