@@ -30,6 +30,7 @@ from kvmd.fleet.base import (
 from kvmd.fleet.creation import Creator
 from kvmd.fleet.entry import Entry
 from kvmd.fleet.following import MachineConsole, OutputFollower
+from kvmd.fleet.leftovers import outlives, remove_leftovers
 from kvmd.fleet.machine_events import MachineEvents
 from kvmd.fleet.parent import Parent
 from kvmd.fleet.places import never_an_id, parse_place, parse_places
@@ -357,6 +358,8 @@ class LocalFleet:
         await entry.wait_exit()
         pid = entry.info.pid
         exit_ = None if entry.killed else await self._how_it_ended(entry)
+        if (entry.killed or exit_ is not None) and outlives(entry.info.spec):
+            await remove_leftovers()
         conclude(entry, exit_)
         self._parent.release(process_of(entry.folder).unit)
         if pid is not None:
