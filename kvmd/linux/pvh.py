@@ -46,7 +46,10 @@ def parse_pvh(file: bytes) -> PvhKernel:
     Raises:
         ImageError: it is no ELF file that can be loaded, or has no PVH entry point.
     """
-    image = parse_elf(file)
+    try:
+        image = parse_elf(file)
+    except ImageError as error:
+        raise ImageError(f"the kernel cannot be loaded: {error}") from error
     for owner, kind, contents in _notes(file):
         if (owner, kind) == (_OWNER, PHYS32_ENTRY) and len(contents) in {4, 8}:
             entry = int.from_bytes(contents, "little")
