@@ -23,8 +23,8 @@ _NOTE = struct.Struct("<III")
 _ENTRY_LIMIT = 1 << 32
 """The entry point is called in 32-bit mode."""
 
-_NOTES_LIMIT = 1 << 20
-"""Bytes of notes that are looked at: a kernel has some hundred."""
+_NOTES_LIMIT = 1 << 16
+"""Bytes of notes that are looked at for each program header: a kernel has some hundred."""
 
 
 @dataclass(frozen=True, slots=True)
