@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -76,15 +76,15 @@ class Networks(Closing):
         Raises:
             HostError: as ``open_networks``.
         """
+        makers = {"bridge": self._join, "made-bridge": self._join_made, "namespace": self._in_namespace}
         with ExitStack() as held:
-            if any(spec.kind != "bridge" for spec in specs):
-                held.enter_context(changing())
+            shared = next((index for index, spec in enumerate(specs) if spec.kind != "bridge"), None)
+            if shared is not None:
+                with _telling(shared):
+                    held.enter_context(changing())
             for index, spec in enumerate(specs):
-                makers = {"bridge": self._join, "made-bridge": self._join_made, "namespace": self._in_namespace}
-                try:
+                with _telling(index):
                     self.guest.append(makers[spec.kind](spec, index))
-                except HostError as error:
-                    raise HostError(f"networks[{index}]: {error}") from error
 
     def _join(self, spec: NetworkSpec, index: int) -> GuestNetwork:
         """Attach to a bridge of somebody else's, which stays as it is."""
@@ -218,6 +218,15 @@ def open_networks(specs: Sequence[NetworkSpec], *, machine: str) -> Networks:
         networks.close()
         raise
     return networks
+
+
+@contextmanager
+def _telling(index: int) -> Iterator[None]:
+    """Say which network it was that cannot be made."""
+    try:
+        yield
+    except HostError as error:
+        raise HostError(f"networks[{index}]: {error}") from error
 
 
 def _check_alike(links: Links, bridge: Link, spec: NetworkSpec, mtu: int) -> None:

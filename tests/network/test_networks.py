@@ -331,7 +331,7 @@ def test_no_capability_and_only_the_one() -> None:
     def without() -> None:
         keep_capabilities()
         for spec in (JOINED, MADE, ALONE):
-            assert "no CAP_NET_ADMIN, which making tap" in refused([spec])
+            assert refused([spec]).startswith("networks[0]: no CAP_NET_ADMIN, which making tap")
 
     def with_net_admin() -> None:
         keep_capabilities(CAP_NET_ADMIN)
@@ -357,7 +357,9 @@ def test_an_address_that_the_kernel_refuses_undoes_all() -> None:
 def test_a_lock_that_somebody_holds_is_waited_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tap, "_LOCK_SECONDS", 0.0)
     with Tap.make(LOCK):
-        assert refused([MADE]).startswith(f"another process has held {LOCK}, the lock of kvmd's networks, for")
+        assert refused([MADE]).startswith(
+            f"networks[0]: another process has held {LOCK}, the lock of kvmd's networks, for"
+        )
     with changing():
         pass
 
