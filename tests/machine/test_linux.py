@@ -85,13 +85,14 @@ def test_a_kernel_ends_its_machine(host: Host, code: bytes, reason: StopReason, 
 
 
 def test_a_panic_is_seen_with_what_the_kernel_said_of_it(host: Host) -> None:
-    lines = [f"line {number}" for number in range(30)]
+    # A kernel says why it panics before it shows its stack, some thirty lines.
+    lines = [f"line {number}" for number in range(90)]
     said = "".join(f"{line}\r\n" for line in lines).encode()
     with capture_logs() as log:
         stop, console = host.run(running(b"".join(out(0x3F8, byte) for byte in said) + out(0x505, 1) + HANG))
     assert (stop.reason, console) == (StopReason.GUEST_PANIC, said)
     (tail,) = [event for event in log if event["event"] == "console-tail"]
-    assert (tail["log_level"], tail["lines"]) == ("error", lines[-20:])
+    assert (tail["log_level"], tail["lines"]) == ("error", lines[-60:])
 
 
 def test_an_elf_kernel_starts_by_pvh(host: Host) -> None:
