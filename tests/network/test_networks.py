@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import structlog
@@ -207,7 +208,7 @@ def test_what_is_given_is_taken() -> None:
         assert "mtu 9000" in ip("link", "show", "vms")
         assert "mtu 9000" in ip("link", "show", "eve0")
         assert f"group {GROUP}" in ip("link", "show", "eve0")
-        assert "alias kvmd: web" in ip("link", "show", "eve0")
+        assert "alias kvmd: web 52:54:00:12:34:56" in ip("link", "show", "eve0")
         # Nobody gave it an address: nobody can talk to the host through it, not by IPv6 either.
         assert "inet" not in ip("address", "show", "vms")
         assert "inet" not in ip("address", "show", "eve0")
@@ -312,6 +313,24 @@ def test_a_tap_that_is_there() -> None:
     wanted = "networks[0]: there is an interface eve0 already: take another name for the tap"
     for spec in (NetworkSpec(bridge="br0", tap="eve0"), NetworkSpec(kind="made-bridge", bridge="vms", tap="eve0")):
         assert refused([spec]) == wanted
+
+
+@own_network
+@pytest.mark.parametrize("kind", ["bridge", "made-bridge"])
+def test_an_address_that_another_guest_of_the_bridge_has(kind: Literal["bridge", "made-bridge"]) -> None:
+    for name in ("br0", "br1") if kind == "bridge" else ():
+        make_bridge(name)
+    mac = guest_mac("first", 0)
+    with open_networks([NetworkSpec(kind=kind, bridge="br0")], machine="first"):
+        same = NetworkSpec(kind=kind, bridge="br0", mac=mac.upper())
+        assert refused([NetworkSpec(kind=kind, bridge="br1"), same]) == (
+            f"networks[1]: mac: {mac} is that of another guest on bridge br0 (kvmd-first): give each its own"
+        )
+        # On another bridge nobody sees it.
+        with open_networks([NetworkSpec(kind=kind, bridge="br1", mac=mac)], machine="second"):
+            pass
+    with open_networks([same], machine="second"):
+        pass
 
 
 @own_network
