@@ -247,16 +247,17 @@ def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
     assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
+@pytest.mark.parametrize("error", [BackendError("no eventfd"), KeyboardInterrupt("no eventfd")])
 def test_a_machine_without_a_conversion_service_leaves_no_devices(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def fail(_flags: int) -> int:
-        raise BackendError("no eventfd")
+        raise error
 
     (tmp_path / "disk").write_bytes(bytes(1024))
     keys = {"disks": [{"path": "disk"}], "entropy": True}
     monkeypatch.setattr("kvmd.bell.new_eventfd", fail)
-    with pytest.raises(BackendError, match="no eventfd"):
+    with pytest.raises(type(error), match="no eventfd"):
         host.open(bzimage(), **keys)
     monkeypatch.undo()
     # The disk is not locked any more.
