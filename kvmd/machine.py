@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -34,7 +33,7 @@ from kvmd.devices.power import (
     keyboard_reset,
 )
 from kvmd.devices.uart16550 import Uart16550
-from kvmd.errors import BackendError, ImageError, MachineStateError
+from kvmd.errors import ImageError, MachineStateError
 from kvmd.exit_handler import VcpuSurroundings
 from kvmd.guest_files import read_file
 from kvmd.hardware import Hardware
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 
 _COM1 = 0x3F8
 _UART_PORTS = 8
-_PANIC_LINES = 20
+_PANIC_LINES = 60
 _COUNT_SECONDS = 1.0
 _COUNT_AT_ONCE = 256
 
@@ -115,6 +114,8 @@ class Machine(Closing):
 
             _add_power(self.ports, switch)
             self._devices = LinuxDevices.open(spec, hardware.platform, self.memory, bus, opened)
+            # Before what they are connected to; also where the rest of this, or a signal, fails.
+            hardware.resources.callback(self._devices.close)
             self.agent, self.balloon = self._devices.agent, self._devices.balloon
             self.power_button = hardware.platform.button.pull
         limits = Limits(
@@ -125,14 +126,9 @@ class Machine(Closing):
         )
         rate = None if spec.conversion.rate is None else RateLimit(spec.conversion.rate)
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
-        try:
-            self._service = ConversionService(
-                rules, hardware.protection, memory_lock=hardware.lock, ring=self.records, rate=rate
-            )
-        except BackendError:  # no descriptors left
-            if self._devices is not None:
-                self._devices.close()
-            raise
+        self._service = ConversionService(
+            rules, hardware.protection, memory_lock=hardware.lock, ring=self.records, rate=rate
+        )
         around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch, rate)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
@@ -267,10 +263,7 @@ class Machine(Closing):
             self._hardware.resources.pop_all()
             return
         self._service.dispose()
-        with ExitStack() as stack:
-            stack.callback(self._hardware.resources.close)
-            if self._devices is not None:
-                self._devices.close()
+        self._hardware.resources.close()
 
     async def _count(self) -> None:
         """Count conversions now and then, not while a vCPU waits for its answer."""

@@ -89,7 +89,10 @@ KVM_USERS = (
 
 LOCKERS = {
     "kvmd.fleet.state_folder": {"flock", "LOCK_EX", "LOCK_NB", "LOCK_UN"},
-    "kvmd.virtio.disk": {"fcntl", "F_OFD_SETLK", "F_RDLCK", "F_WRLCK", "flock", "LOCK_EX", "LOCK_NB", "LOCK_SH"},
+    "kvmd.virtio.disk": {
+        *("fcntl", "F_OFD_GETLK", "F_OFD_SETLK", "F_RDLCK", "F_UNLCK", "F_WRLCK"),
+        *("flock", "LOCK_EX", "LOCK_NB", "LOCK_SH"),
+    },
     "kvmd.network.tap": {"ioctl"},
 }
 """Who may import what of the module of fcntl and ioctl: locks of files, and taps. KVM's ioctls are kvmd.kvm's alone."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import structlog
 import trio
@@ -91,6 +94,33 @@ class Foreground:
 
     def _console_failed(self, error: OSError) -> None:
         self._log.warning("console-output-lost", problem=error.strerror, consequence="the guest goes on")
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Make of the operator's signals what Ctrl-C is: one exception, on whose way out what was made is undone.
+
+    For what is around ``watch_signals``, which takes them in order while a machine runs.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # One that was ignored when kvmd started stays ignored.
+    taken = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    # By Ctrl-C's own handler, which is trio's where trio runs: it knows what must not be interrupted.
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(signal.SIGINT, frame)
+    else:
+        raise KeyboardInterrupt
 
 
 async def watch_signals(

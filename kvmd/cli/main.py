@@ -6,6 +6,7 @@ commands that nobody asked for.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -108,6 +109,9 @@ def _failure(error: BaseException) -> int:
             return ExitStatus.HOST_FAULT
         case KeyboardInterrupt():
             return ExitStatus.STOPPED
+        case OSError(errno=errno.EMFILE | errno.ENFILE):
+            _say(f"{error.strerror}: raise the limit (ulimit -n), or a unit's LimitNOFILE=")
+            return ExitStatus.HOST
         case _:
             traceback.print_exception(error)
             _say("that is a bug of kvmd's: please report it, with the lines above")

@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from kvmd import log
-from kvmd.cli.foreground import Foreground
+from kvmd.cli.foreground import Foreground, signals_interrupt
 from kvmd.errors import ConfigError
 from kvmd.log_buffer import LogBuffer
 from kvmd.machine import Machine
@@ -77,6 +77,7 @@ def run(
         log.configure(
             log_format=log_format or ("console" if buffer.isatty() else "json"), stream=buffer, level=log_level
         )
+        stack.enter_context(signals_interrupt())
         machine = stack.enter_context(Machine.open(spec))
         stdout = stack.enter_context(NonBlockingWriter.of_fd(1))
         stderr = stack.enter_context(NonBlockingWriter.of_fd(2))

@@ -89,7 +89,7 @@ def create(client: Client, machine: Wanted) -> dict[str, Any]:
     Raises:
         CtlError: it was not created.
     """
-    with _opened(machine.image) as (files, problem):
+    with _opened("kernel" if "kernel" in machine.document else "image", machine.image) as (files, problem):
         try:
             answer = client.post("/v1/machines", machine.document, files=files)
         except Refused as error:
@@ -102,8 +102,8 @@ def create(client: Client, machine: Wanted) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(image: Path | None) -> Iterator[tuple[tuple[int, ...], str | None]]:
-    """Yield the descriptors to pass, or what was in the way of opening the image."""
+def _opened(what: str, image: Path | None) -> Iterator[tuple[tuple[int, ...], str | None]]:
+    """Yield the descriptors to pass, or what was in the way of opening the image, or the kernel."""
     if image is None:
         yield (), None
         return
@@ -111,11 +111,11 @@ def _opened(image: Path | None) -> Iterator[tuple[tuple[int, ...], str | None]]:
         # O_NONBLOCK: of a FIFO that nobody writes to, open would wait for ever.
         fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        yield (), f"cannot open the image {shown(image)}: {error.strerror}"
+        yield (), f"cannot open the {what} {shown(image)}: {error.strerror}"
         return
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise Mistake(f"the image {shown(image)} is not an ordinary file")
+            raise Mistake(f"the {what} {shown(image)} is not an ordinary file")
         yield (fd,), None
     finally:
         os.close(fd)

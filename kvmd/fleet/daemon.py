@@ -11,11 +11,10 @@ from pathlib import Path
 import structlog
 import trio
 
-from kvmd.errors import HostError
+from kvmd.fleet.leftovers import remove_leftovers
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.spawner_link import SPAWNER
 from kvmd.fleet.unit_pool import UnitPool
-from kvmd.network.left_behind import remove_left_behind
 
 Serve = Callable[[LocalFleet, trio.Event], Awaitable[None]]
 """Answers clients until the event is set; then it has ``drain_seconds`` to finish what it began, and is cancelled."""
@@ -49,7 +48,8 @@ async def run_daemon(
     # Two descriptors a machine, and some a client.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    await _remove_left_behind()
+    # Of machines that died without a daemon to see it.
+    await remove_leftovers()
     async with open_fleet(state, spawner=spawner, pool=pool) as fleet:
         _log.info("daemon-started", state=str(state), machines=len(fleet.machines()))
         ending, hurry = trio.Event(), trio.Event()
@@ -64,15 +64,6 @@ async def run_daemon(
             nursery.cancel_scope.cancel()
         left = sum(machine.end is None for machine in fleet.machines())
         _log.info("daemon-stopped", machines_running=left)
-
-
-async def _remove_left_behind() -> None:
-    """Remove the bridges and network namespaces of machines that died without a daemon to see it."""
-    try:
-        for what in await trio.to_thread.run_sync(remove_left_behind):
-            _log.warning("network-left-behind-removed", what=what)
-    except HostError as error:
-        _log.warning("network-left-behind", problem=str(error), consequence="it stays until the next start")
 
 
 async def _watch_signals(

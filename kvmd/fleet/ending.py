@@ -12,6 +12,7 @@ import trio
 from kvmd.errors import HostError
 from kvmd.fleet.base import MachineEnd
 from kvmd.fleet.entry import Entry
+from kvmd.fleet.leftovers import outlives, remove_leftovers
 from kvmd.fleet.looking import conversions_of_ended
 from kvmd.fleet.units import Units
 from kvmd.fleet.which_process import process_of
@@ -67,6 +68,8 @@ class Endings:
         await entry.wait_exit()
         pid = entry.info.pid
         exit_ = None if entry.killed else await self._how_it_ended(entry)
+        if (entry.killed or exit_ is not None) and outlives(entry.info.spec):
+            await remove_leftovers()
         conclude(entry, exit_)
         if pid is not None:
             self._reaped.pop(pid, None)

@@ -44,6 +44,11 @@ _DEBUG_STORE = 1 << 2 | 1 << 4
 _DS = 1 << 21
 _HTT = 1 << 28
 
+# Leaf 7, index 0, EBX and ECX.
+_SGX = 1 << 2
+_PROCESSOR_TRACE = 1 << 25
+_SGX_LAUNCH_CONTROL = 1 << 30
+
 # Leaf 0x80000001, ECX.
 _CMP_LEGACY = 1 << 1
 _SVM = 1 << 2
@@ -116,6 +121,9 @@ def _made(  # noqa: PLR0911 - one for each leaf
             return _features(entry, index, vcpus, tsc_deadline=tsc_deadline)
         case 0x4 | 0x8000_001D:
             return _cache(entry, vcpus, intel=entry.function == _CACHES)
+        case 0x7 if entry.index == 0:
+            ebx = entry.ebx & ~(_SGX | _PROCESSOR_TRACE)
+            return replace(entry, ebx=ebx, ecx=entry.ecx & ~_SGX_LAUNCH_CONTROL)
         case 0x40000001:
             return replace(entry, eax=entry.eax & _KVM_WHOLLY_IN_KERNEL)
         case 0x8000_0001:

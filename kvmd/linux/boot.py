@@ -204,15 +204,12 @@ def _kernel_area(kernel: Kernel, low_end: int) -> GpaRange:
             raise _too_small(kernel.image.end)
         return GpaRange(page_floor(kernel.image.start), page_ceil(kernel.image.end))
     size = page_ceil(kernel.memory_size)
-    preferred = kernel.preferred_address
-    if preferred >= MIB and not preferred % PAGE_SIZE and preferred + size <= low_end:
-        return GpaRange.of_size(preferred, size)
-    if kernel.alignment:
-        lowest = -(-MIB // kernel.alignment) * kernel.alignment
-        if not lowest % PAGE_SIZE and lowest + size <= low_end:
-            return GpaRange.of_size(lowest, size)
-        raise _too_small(max(lowest, PAGE_SIZE) + size)
-    raise _too_small(preferred + size)
+    # As the kernel itself reckons (boot.rst, "init_size"): put below where it wants to be, it moves up to there.
+    alignment = max(kernel.alignment, PAGE_SIZE)
+    start = -(-max(kernel.preferred_address, MIB) // alignment) * alignment
+    if start + size > low_end:
+        raise _too_small(start + size)
+    return GpaRange.of_size(start, size)
 
 
 def _too_small(needed: int) -> ImageError:
@@ -231,7 +228,8 @@ def _place_initrd(initrd: bytes, kernel_area: GpaRange, low_end: int, kernel: Ke
     """Return where the initrd goes: as high as the kernel takes it, clear of the kernel; None where there is none."""
     if not initrd:
         return None
-    limit = min(low_end, kernel.initrd_limit if isinstance(kernel, BzImage) else LOW_MEMORY_END)
+    highest = min(kernel.initrd_limit, LOW_MEMORY_END) if isinstance(kernel, BzImage) else LOW_MEMORY_END
+    limit = min(low_end, highest)
     size = page_ceil(len(initrd))
     gpa = page_floor(limit) - size
     if gpa >= kernel_area.end:
@@ -241,9 +239,9 @@ def _place_initrd(initrd: bytes, kernel_area: GpaRange, low_end: int, kernel: Ke
     if gpa >= MIB:
         return gpa
     needed = kernel_area.end + size
-    if needed > min(limit, LOW_MEMORY_END) and needed > low_end > limit:
+    if needed > highest:
         raise ImageError(
-            f"the initrd of {format_size(len(initrd))} does not fit below {limit:#x}, where this kernel wants it"
+            f"the initrd of {format_size(len(initrd))} does not fit below {highest:#x}, where this kernel wants it"
         )
     raise ImageError(
         f"the initrd of {format_size(len(initrd))} does not fit beside the kernel: give at least "

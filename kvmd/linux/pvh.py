@@ -23,8 +23,8 @@ _NOTE = struct.Struct("<III")
 _ENTRY_LIMIT = 1 << 32
 """The entry point is called in 32-bit mode."""
 
-_NOTES_LIMIT = 1 << 20
-"""Bytes of notes that are looked at: a kernel has some hundred."""
+_NOTES_LIMIT = 1 << 16
+"""Bytes of notes that are looked at for each program header: a kernel has some hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,10 @@ def parse_pvh(file: bytes) -> PvhKernel:
     Raises:
         ImageError: it is no ELF file that can be loaded, or has no PVH entry point.
     """
-    image = parse_elf(file)
+    try:
+        image = parse_elf(file)
+    except ImageError as error:
+        raise ImageError(f"the kernel cannot be loaded: {error}") from error
     for owner, kind, contents in _notes(file):
         if (owner, kind) == (_OWNER, PHYS32_ENTRY) and len(contents) in {4, 8}:
             entry = int.from_bytes(contents, "little")

@@ -36,6 +36,7 @@ class Link:
         group: see ``kvmd.network.naming.GROUP``.
         master: the index of the bridge that it is a port of, or None.
         mtu: bytes.
+        alias: what is said of it.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Link:
     group: int
     master: int | None
     mtu: int
+    alias: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -104,12 +106,12 @@ class Links(Closing):
         self.configure(found, mtu=mtu)
         return replace(found, mtu=mtu)
 
-    def mark(self, link: Link, *, machine: str) -> None:
-        """Say of an interface that it is ours, and for which machine."""
+    def mark(self, link: Link, *, alias: str) -> None:
+        """Say of an interface that it is ours, and what for."""
         with self._telling(f"mark {link.name}"):
-            # In this order: IFLA_IFALIAS is for people only.
+            # In this order: by its group it is known, if this ends in between.
             self._route.link("set", index=link.index, group=GROUP)
-            self._route.link("set", index=link.index, ifalias=f"kvmd: {machine}")
+            self._route.link("set", index=link.index, ifalias=alias)
 
     def configure(self, link: Link, *, mac: str | None = None, mtu: int | None = None) -> None:
         """Give an interface that is down its address and MTU."""
@@ -192,6 +194,7 @@ def _link_of(found: Any) -> Link:
         group=found.get_attr("IFLA_GROUP") or 0,
         master=found.get_attr("IFLA_MASTER"),
         mtu=found.get_attr("IFLA_MTU") or 0,
+        alias=found.get_attr("IFLA_IFALIAS") or "",
     )
 
 

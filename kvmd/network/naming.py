@@ -48,6 +48,14 @@ def guest_mac(machine: str, index: int) -> str:
     return _mac(f"guest {machine} {index}")
 
 
+def alias(machine: str, mac: str = "") -> str:
+    """Return what an interface says of itself: whose it is, and of a tap the address of the guest behind it.
+
+    No machine's name has a space, so that the address is known by it.
+    """
+    return f"kvmd: {machine}" + (f" {mac}" if mac else "")
+
+
 def bridge_mac(bridge: str) -> str:
     """Return the address of a bridge that kvmd makes.
 

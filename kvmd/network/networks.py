@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from kvmd.errors import HostError
 from kvmd.network import namespace
 from kvmd.network.left_behind import is_unused_bridge, is_unused_namespace
 from kvmd.network.links import Link, Links
-from kvmd.network.naming import bridge_mac, guest_mac, namespace_name, tap_mac, tap_names
+from kvmd.network.naming import alias, bridge_mac, guest_mac, namespace_name, tap_mac, tap_names
 from kvmd.network.own_thread import in_own_thread
 from kvmd.network.spec import MTU_DEFAULT, NetworkSpec
 from kvmd.network.tap import Tap, changing
@@ -76,15 +76,15 @@ class Networks(Closing):
         Raises:
             HostError: as ``open_networks``.
         """
+        makers = {"bridge": self._join, "made-bridge": self._join_made, "namespace": self._in_namespace}
         with ExitStack() as held:
-            if any(spec.kind != "bridge" for spec in specs):
-                held.enter_context(changing())
+            shared = next((index for index, spec in enumerate(specs) if spec.kind != "bridge"), None)
+            if shared is not None:
+                with _telling(shared):
+                    held.enter_context(changing())
             for index, spec in enumerate(specs):
-                makers = {"bridge": self._join, "made-bridge": self._join_made, "namespace": self._in_namespace}
-                try:
+                with _telling(index):
                     self.guest.append(makers[spec.kind](spec, index))
-                except HostError as error:
-                    raise HostError(f"networks[{index}]: {error}") from error
 
     def _join(self, spec: NetworkSpec, index: int) -> GuestNetwork:
         """Attach to a bridge of somebody else's, which stays as it is."""
@@ -122,7 +122,7 @@ class Networks(Closing):
 
     def _make_bridge(self, links: Links, spec: NetworkSpec, mtu: int) -> Link:
         bridge = links.make_bridge(spec.bridge, mac=bridge_mac(spec.bridge), mtu=mtu)
-        links.mark(bridge, machine="bridge")
+        links.mark(bridge, alias=alias("bridge"))
         links.ignore_routers(bridge)
         if not spec.addresses:
             links.without_own_addresses(bridge)
@@ -149,12 +149,12 @@ class Networks(Closing):
             loopback = links.find("lo")
             if loopback is not None:
                 # Before it has a name: one that has is known as kvmd's from its first moment.
-                links.mark(loopback, machine=self._machine)
+                links.mark(loopback, alias=alias(self._machine))
                 links.raise_up(loopback)
             self._namespaces.append(name)
             namespace.give_name(name)
             tap = self._new_tap(spec, index)
-            link = self._configured(links, tap, mtu=spec.mtu)
+            link = self._configured(links, tap, spec, index, mtu=spec.mtu)
             links.ignore_routers(link)
             for address in spec.addresses:
                 links.add_address(link, address)
@@ -164,9 +164,11 @@ class Networks(Closing):
     def _attach(self, links: Links, bridge: Link, spec: NetworkSpec, index: int) -> GuestNetwork:
         tap = self._new_tap(spec, index)
         # A port with a smaller MTU would make the bridge's smaller (br_mtu_auto_adjust): the guest alone is told.
-        link = self._configured(links, tap, mtu=bridge.mtu)
+        link = self._configured(links, tap, spec, index, mtu=bridge.mtu)
         links.without_own_addresses(link)
         links.attach(link, bridge, isolated=spec.isolated)
+        # Once it is there: of two that come at once neither misses the other.
+        _check_alone(links, bridge, link, self._mac(spec, index))
         links.raise_up(link)
         return self._network(tap, spec, index, mtu=bridge.mtu, where=f"bridge {bridge.name}")
 
@@ -174,18 +176,21 @@ class Networks(Closing):
         names = [spec.tap] if spec.tap else tap_names(self._machine, index)
         return self._taps.enter_context(Tap.make_first(names))
 
-    def _configured(self, links: Links, tap: Tap, *, mtu: int | None) -> Link:
+    def _configured(self, links: Links, tap: Tap, spec: NetworkSpec, index: int, *, mtu: int | None) -> Link:
         link = links.find(tap.name)
         if link is None:
             raise HostError(f"tap {tap.name} went away as soon as it was made: somebody else manages it")
-        links.mark(link, machine=self._machine)
+        links.mark(link, alias=alias(self._machine, self._mac(spec, index)))
         links.configure(link, mac=tap_mac(tap.name), mtu=mtu)
         return replace(link, mtu=link.mtu if mtu is None else mtu)
 
     def _network(self, tap: Tap, spec: NetworkSpec, index: int, *, mtu: int, where: str) -> GuestNetwork:
-        mac = spec.mac or guest_mac(self._machine, index)
+        mac = self._mac(spec, index)
         facts: dict[str, object] = {"network": where, "tap": tap.name, "mac": mac}
         return GuestNetwork(tap, bytes.fromhex(mac.replace(":", "")), spec.mtu or mtu, facts)
+
+    def _mac(self, spec: NetworkSpec, index: int) -> str:
+        return spec.mac or guest_mac(self._machine, index)
 
     def _remove(self) -> None:
         with changing(), Links() as links:
@@ -218,6 +223,24 @@ def open_networks(specs: Sequence[NetworkSpec], *, machine: str) -> Networks:
         networks.close()
         raise
     return networks
+
+
+@contextmanager
+def _telling(index: int) -> Iterator[None]:
+    """Say which network it was that cannot be made."""
+    try:
+        yield
+    except HostError as error:
+        raise HostError(f"networks[{index}]: {error}") from error
+
+
+def _check_alone(links: Links, bridge: Link, own: Link, mac: str) -> None:
+    """Refuse an address that another guest on the bridge has, of whichever daemon: each would hear half of its own."""
+    for link in links.all():
+        if link.master == bridge.index and link.index != own.index and link.is_ours and link.alias.endswith(f" {mac}"):
+            raise HostError(
+                f"mac: {mac} is that of another guest on bridge {bridge.name} ({link.name}): give each its own"
+            )
 
 
 def _check_alike(links: Links, bridge: Link, spec: NetworkSpec, mtu: int) -> None:

@@ -9,7 +9,7 @@ import stat
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
-from fcntl import F_OFD_SETLK, F_RDLCK, F_WRLCK, LOCK_EX, LOCK_NB, LOCK_SH, fcntl, flock
+from fcntl import F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, LOCK_EX, LOCK_NB, LOCK_SH, fcntl, flock
 
 from kvmd.closing import Closing
 from kvmd.errors import ConfigError
@@ -18,6 +18,9 @@ from kvmd.virtio.abi import SECTOR_BYTES
 
 _FLOCK = struct.Struct("@hhqqi0q")
 """struct flock of fcntl(2)."""
+
+_QEMU_READS, _QEMU_WRITES = 100, 101
+"""Bytes that QEMU locks, for reading, while it may do that to an image (block/file-posix.c, RAW_LOCK_PERM_BASE)."""
 
 _DIRECT_BLOCKS = (512, 4096)
 """What O_DIRECT may want addresses, offsets and sizes to be multiples of."""
@@ -32,9 +35,9 @@ class RawDisk(Closing):
     """An open and locked disk. All I/O blocks, but for ``read_now``; any thread may do it.
 
     The lock is one of the open file description on the whole file (F_OFD_SETLK): one writer, or any number of readers,
-    in whatever process; QEMU's own image locks are seen by it too. A file is locked by flock(2) as well, which does not
-    know of the other kind; a block device is not, since udev does that for a moment after each writer. Both locks end
-    with the process.
+    in whatever process; QEMU's own image locks are seen, and QEMU sees this one. A file is locked by flock(2) as well,
+    which does not know of the other kind; a block device is not, since udev does that for a moment after each writer.
+    Both locks end with the process.
 
     Args:
         path: a file whose size is a multiple of 512 bytes, or a block device.
@@ -109,7 +112,10 @@ class RawDisk(Closing):
         mode = os.fstat(self._fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise ConfigError(f"disk {self.path}: it is neither a file nor a block device")
-        size_bytes = os.lseek(self._fd, 0, os.SEEK_END)
+        try:
+            size_bytes = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:  # some files of /proc and /sys
+            raise ConfigError(f"disk {self.path}: it has no size: name a raw disk image or a block device") from error
         if size_bytes < SECTOR_BYTES:
             raise ConfigError(
                 f"disk {self.path}: {size_bytes} bytes are too short for a disk, which has at least one sector of "
@@ -128,6 +134,8 @@ class RawDisk(Closing):
             fcntl(self._fd, F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
             if stat.S_ISREG(os.fstat(self._fd).st_mode):
                 self._flock()
+            if self.read_only:
+                self._look_for_qemu()
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 who = "writes it" if self.read_only else "uses it: stop that one, or make the disk read-only in both"
@@ -141,6 +149,16 @@ class RawDisk(Closing):
             # Where the file system has none nobody else has one, either.
             if error.errno == errno.EWOULDBLOCK:
                 raise
+
+    def _look_for_qemu(self) -> None:
+        """Raise BlockingIOError where QEMU writes the image: all its locks are for reading, and a reader's bears them.
+
+        The first lock that is found tells: a reader's of the whole image would have kept such a QEMU out.
+        """
+        found = fcntl(self._fd, F_OFD_GETLK, _FLOCK.pack(F_WRLCK, os.SEEK_SET, _QEMU_WRITES, 1, 0))
+        kind, _, start, *_ = _FLOCK.unpack(found)
+        if kind != F_UNLCK and start in (_QEMU_READS, _QEMU_WRITES):
+            raise BlockingIOError(errno.EAGAIN, "QEMU writes it")
 
     def _probe_direct(self) -> int:
         for block_bytes in _DIRECT_BLOCKS:

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -93,6 +94,16 @@ def test_an_error_of_kvmds_is_one_line_with_its_status(
     failing_command(monkeypatch, error)
     assert run_cli(["any"]) == status
     assert capsys.readouterr().err == "kvmd: error: wrong\n"
+
+
+def test_a_limit_of_open_files_is_the_hosts_and_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing_command(monkeypatch, OSError(errno.EMFILE, "Too many open files"))
+    assert run_cli(["any"]) == ExitStatus.HOST
+    assert capsys.readouterr().err == (
+        "kvmd: error: Too many open files: raise the limit (ulimit -n), or a unit's LimitNOFILE=\n"
+    )
 
 
 def test_a_message_of_several_lines_becomes_one(

@@ -186,6 +186,36 @@ def test_a_signal_stops_the_machine_cleanly(runner: Runner, number: signal.Signa
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True])  # SIGINT: as a shell's script starts what is to run beside it
+def test_a_signal_before_the_machine_runs_undoes_what_was_made(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, ignored: bool
+) -> None:
+    undone: list[int] = []
+
+    def opening(_spec: MachineSpec) -> FakeMachine:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            undone.append(number)
+            raise
+        raise HostError("no signal came")
+
+    monkeypatch.setattr(FakeMachine, "open", opening)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status = runner.run()
+    finally:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+    assert before == {each: signal.getsignal(each) for each in before}
+    if ignored and number == signal.SIGINT:
+        assert (status, undone) == (ExitStatus.HOST, [])
+    else:
+        assert (status, undone) == (ExitStatus.STOPPED, [number])
+
+
 def test_a_signal_that_was_ignored_before_stays_ignored(runner: Runner) -> None:
     async def script(_machine: FakeMachine) -> None:
         signal.raise_signal(signal.SIGHUP)

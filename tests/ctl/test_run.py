@@ -148,3 +148,14 @@ def test_an_image_that_would_never_be_read(kvmctl: Kvmctl, daemon: Daemon, tmp_p
         120,
         f"kvmctl: error: the image {tmp_path} is not an ordinary file\n",
     )
+
+
+def test_a_kernel_that_cannot_be_read_is_called_one(kvmctl: Kvmctl, daemon: Daemon, tmp_path: Path) -> None:
+    del daemon
+    spec = tmp_path / "linux.toml"
+    spec.write_text('kernel = "."\n')
+    outcome = kvmctl("run", str(spec))
+    assert (outcome.status, outcome.err) == (120, f"kvmctl: error: the kernel {tmp_path} is not an ordinary file\n")
+    spec.write_text('kernel = "none"\n')
+    outcome = kvmctl("run", str(spec))
+    assert outcome.err.startswith(f"kvmctl: error: cannot open the kernel {tmp_path}/none: No such file or directory")

@@ -71,6 +71,14 @@ def test_what_does_not_work_is_left_out() -> None:
     assert not table[0x8000_0001, 0].ecx & 1 << 2  # SVM
 
 
+def test_features_whose_leaves_are_left_out_are_not_claimed() -> None:
+    table = made(entry(7, ebx=ALL, ecx=ALL, edx=ALL), entry(7, 1, eax=ALL, ebx=ALL, ecx=ALL, edx=ALL))
+    assert table[7, 0].ebx == ALL & ~(1 << 2 | 1 << 25)  # SGX, processor trace
+    assert table[7, 0].ecx == ALL & ~(1 << 30)  # SGX_LC
+    assert table[7, 0].edx == ALL
+    assert table[7, 1] == entry(7, 1, eax=ALL, ebx=ALL, ecx=ALL, edx=ALL)
+
+
 def test_the_local_apic_s_modes_are_those_that_kvm_has() -> None:
     with_deadline, without = made(entry(1)), made(entry(1, ecx=ALL), tsc_deadline=False)
     assert with_deadline[1, 0].ecx >> 24 & 1

@@ -114,10 +114,18 @@ def test_pvh() -> None:
     ]
 
 
-def test_a_kernel_that_does_not_fit_where_it_wants_to_be_moves_down_if_it_may() -> None:
-    assert planned(memory=20 * MIB).registers.rip == 2 * MIB + 0x200
+@pytest.mark.parametrize("relocatable", [0, 1])
+def test_a_kernel_that_does_not_fit_where_it_wants_to_be_is_refused(relocatable: int) -> None:
+    # Put below, a relocatable one moves up to there all the same, and finds no memory (boot.rst, "init_size").
+    file = bzimage({kernels.RELOCATABLE: relocatable})
+    assert planned(file, memory=24 * MIB).registers.rip == 16 * MIB + 0x200
     with pytest.raises(ImageError, match="the memory is too small for this kernel: it needs 24 MiB"):
-        planned(bzimage({kernels.RELOCATABLE: 0}), memory=20 * MIB)
+        planned(file, memory=24 * MIB - 4096)
+
+
+@pytest.mark.parametrize(("preferred", "start"), [(0, 2 * MIB), (3 * MIB, 4 * MIB), (16 * MIB + 4096, 18 * MIB)])
+def test_a_kernel_that_may_lie_elsewhere_lies_where_its_alignment_lets_it(preferred: int, start: int) -> None:
+    assert planned(bzimage({kernels.PREFERRED: preferred})).registers.rip == start + 0x200
 
 
 def test_a_kernel_that_wants_more_than_any_machine_has_is_refused() -> None:
@@ -129,6 +137,13 @@ def test_a_kernel_that_wants_more_than_any_machine_has_is_refused() -> None:
 def test_an_initrd_that_does_not_fit_is_refused_with_what_would_do(file: bytes, size: int) -> None:
     with pytest.raises(ImageError, match=r"the initrd of .* does not fit beside the kernel: give at least \d+ MiB"):
         planned(file, initrd=bytes(size))
+
+
+@pytest.mark.parametrize("memory", [60 * MIB, 256 * MIB, 4 * GIB])
+def test_an_initrd_that_no_memory_makes_fit_is_refused_with_the_reason(memory: int) -> None:
+    file = bzimage({kernels.INITRD_LIMIT: 64 * MIB - 1})
+    with pytest.raises(ImageError, match=r"the initrd of 50 MiB does not fit below 0x4000000, where this kernel"):
+        planned(file, memory=memory, initrd=bytes(50 * MIB))
 
 
 def test_an_initrd_may_lie_below_a_kernel_that_is_high() -> None:

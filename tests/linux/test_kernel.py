@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmd.errors import ConfigError, ImageError
+from kvmd.linux import pvh
 from kvmd.linux.boot import plan_linux
 from kvmd.linux.bzimage import BzImage
 from kvmd.linux.kernel import parse_kernel
@@ -80,13 +81,24 @@ def test_the_lab_s_kernel_is_one() -> None:
         (vmlinux(entry=None), "no PVH entry point"),
         (vmlinux(entry=MIB), "outside every segment"),
         (vmlinux(entry=1 << 40), "outside every segment, or above 4 GiB"),
-        (vmlinux()[:100], "truncated"),
+        (vmlinux()[:100], "the kernel cannot be loaded: the image is truncated"),
+        (vmlinux()[:40], "the kernel cannot be loaded: the image is truncated: 40 bytes"),
         (vmlinux(notes=note(b"Xen\0", 18, b"123")), "no PVH entry point"),
         (vmlinux(notes=struct.pack("<III", 4, 1 << 31, 18) + b"Xen\0"), "no PVH entry point"),
     ],
 )
 def test_what_is_no_kernel_is_refused_with_the_reason(file: bytes, part: str) -> None:
     assert part in refusal(file)
+
+
+def test_a_file_of_nothing_but_notes_is_not_read_to_its_end() -> None:
+    # 62 headers, all of the same MiB of empty notes: read whole they took seconds.
+    file = bytearray(vmlinux(notes=bytes(MIB)))
+    table = file[64:120] + file[120:176] * 62
+    file[0x38:0x3A] = struct.pack("<H", 63)
+    file[0x20:0x28] = struct.pack("<Q", len(file))
+    assert "no PVH entry point" in refusal(bytes(file + table))
+    assert sum(1 for _ in pvh._notes(bytes(file + table))) < 500_000
 
 
 @settings(deadline=None)

@@ -26,19 +26,22 @@ class Daemon(Closing):
         folder: for its configuration, socket and state.
         images: folders whose files its machines may use, as disks too.
         bridges: which its machines may join.
+        namespaces: whether its machines may have network namespaces.
 
     Raises:
         AssertionError: it does not serve.
     """
 
-    def __init__(self, folder: Path, *, images: Sequence[Path] = (), bridges: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, images: Sequence[Path] = (), bridges: Sequence[str] = (), namespaces: bool = False
+    ) -> None:
         self._socket = folder / "api"
         config = folder / "kvmd.toml"
         folders = json.dumps([str(image) for image in images])
         config.write_text(
             f"[api]\nsocket = {json.dumps(str(self._socket))}\n"
             f"[images]\nfolders = {folders}\n[disks]\nfolders = {folders}\n"
-            f"[networks]\nbridges = {json.dumps(list(bridges))}\n"
+            f"[networks]\nbridges = {json.dumps(list(bridges))}\nnamespaces = {json.dumps(namespaces)}\n"
         )
         self._log = folder / "daemon.log"
         command = [sys.executable, "-m", "kvmd", "daemon", "--config", str(config), "--state", str(folder / "state")]

@@ -85,13 +85,14 @@ def test_a_kernel_ends_its_machine(host: Host, code: bytes, reason: StopReason, 
 
 
 def test_a_panic_is_seen_with_what_the_kernel_said_of_it(host: Host) -> None:
-    lines = [f"line {number}" for number in range(30)]
+    # A kernel says why it panics before it shows its stack, some thirty lines.
+    lines = [f"line {number}" for number in range(90)]
     said = "".join(f"{line}\r\n" for line in lines).encode()
     with capture_logs() as log:
         stop, console = host.run(running(b"".join(out(0x3F8, byte) for byte in said) + out(0x505, 1) + HANG))
     assert (stop.reason, console) == (StopReason.GUEST_PANIC, said)
     (tail,) = [event for event in log if event["event"] == "console-tail"]
-    assert (tail["log_level"], tail["lines"]) == ("error", lines[-20:])
+    assert (tail["log_level"], tail["lines"]) == ("error", lines[-60:])
 
 
 def test_an_elf_kernel_starts_by_pvh(host: Host) -> None:
@@ -246,16 +247,17 @@ def test_what_cannot_be_is_said_before_anything_runs_and_leaves_nothing(
     assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
+@pytest.mark.parametrize("error", [BackendError("no eventfd"), KeyboardInterrupt("no eventfd")])
 def test_a_machine_without_a_conversion_service_leaves_no_devices(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def fail(_flags: int) -> int:
-        raise BackendError("no eventfd")
+        raise error
 
     (tmp_path / "disk").write_bytes(bytes(1024))
     keys = {"disks": [{"path": "disk"}], "entropy": True}
     monkeypatch.setattr("kvmd.bell.new_eventfd", fail)
-    with pytest.raises(BackendError, match="no eventfd"):
+    with pytest.raises(type(error), match="no eventfd"):
         host.open(bzimage(), **keys)
     monkeypatch.undo()
     # The disk is not locked any more.

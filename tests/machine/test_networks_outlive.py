@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmd.network import namespace
 from kvmd.network.naming import GROUP
 from tests.linux.kernels import running
 from tests.linux_guest.daemon import Daemon
@@ -66,3 +67,26 @@ def test_a_restarted_daemon_leaves_the_networks_of_machines_that_run(tmp_path: P
         assert third.ask("GET", "/v1/machines/two")["end"]["reason"] == "process-died"
         third.ask("POST", "/v1/machines/one/stop")
         assert ours() == set()
+
+
+@own_network
+@pytest.mark.parametrize("end", ["delete", "kill", "die", "stop-all"])
+def test_the_networks_of_a_machine_that_cannot_remove_them_itself_go_with_it(tmp_path: Path, end: str) -> None:
+    (tmp_path / "kernel").write_bytes(running(b"\xf4\xeb\xfe"))  # hlt
+    networks = [{"kind": "made-bridge", "bridge": "made"}, {"kind": "namespace"}]
+    wanted = {"name": "m", "kernel": "kernel", "memory": "64M", "entropy": False, "networks": networks}
+    with Daemon(tmp_path, images=[tmp_path], bridges=["made"], namespaces=True) as daemon:
+        made = daemon.ask("POST", "/v1/machines", wanted)
+        assert ours() == {"made", "kvmd-m"}
+        assert namespace.ours_perhaps() == ["kvmd-m+1"]
+        if end == "delete":
+            daemon.ask("DELETE", "/v1/machines/m")
+        elif end == "kill":
+            daemon.ask("POST", "/v1/machines/m/kill")
+        elif end == "die":
+            os.kill(made["pid"], signal.SIGKILL)
+            daemon.ask("GET", f"/v1/machines/m/wait?state=stopped&timeout={SECONDS:.0f}")
+        else:
+            daemon.close()
+        assert ours() == set()
+        assert namespace.ours_perhaps() == []

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import structlog
@@ -207,7 +208,7 @@ def test_what_is_given_is_taken() -> None:
         assert "mtu 9000" in ip("link", "show", "vms")
         assert "mtu 9000" in ip("link", "show", "eve0")
         assert f"group {GROUP}" in ip("link", "show", "eve0")
-        assert "alias kvmd: web" in ip("link", "show", "eve0")
+        assert "alias kvmd: web 52:54:00:12:34:56" in ip("link", "show", "eve0")
         # Nobody gave it an address: nobody can talk to the host through it, not by IPv6 either.
         assert "inet" not in ip("address", "show", "vms")
         assert "inet" not in ip("address", "show", "eve0")
@@ -315,6 +316,24 @@ def test_a_tap_that_is_there() -> None:
 
 
 @own_network
+@pytest.mark.parametrize("kind", ["bridge", "made-bridge"])
+def test_an_address_that_another_guest_of_the_bridge_has(kind: Literal["bridge", "made-bridge"]) -> None:
+    for name in ("br0", "br1") if kind == "bridge" else ():
+        make_bridge(name)
+    mac = guest_mac("first", 0)
+    with open_networks([NetworkSpec(kind=kind, bridge="br0")], machine="first"):
+        same = NetworkSpec(kind=kind, bridge="br0", mac=mac.upper())
+        assert refused([NetworkSpec(kind=kind, bridge="br1"), same]) == (
+            f"networks[1]: mac: {mac} is that of another guest on bridge br0 (kvmd-first): give each its own"
+        )
+        # On another bridge nobody sees it.
+        with open_networks([NetworkSpec(kind=kind, bridge="br1", mac=mac)], machine="second"):
+            pass
+    with open_networks([same], machine="second"):
+        pass
+
+
+@own_network
 def test_no_tun_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make_bridge()
     monkeypatch.setattr(tap, "DEVICE", tmp_path / "tun")
@@ -331,7 +350,7 @@ def test_no_capability_and_only_the_one() -> None:
     def without() -> None:
         keep_capabilities()
         for spec in (JOINED, MADE, ALONE):
-            assert "no CAP_NET_ADMIN, which making tap" in refused([spec])
+            assert refused([spec]).startswith("networks[0]: no CAP_NET_ADMIN, which making tap")
 
     def with_net_admin() -> None:
         keep_capabilities(CAP_NET_ADMIN)
@@ -357,7 +376,9 @@ def test_an_address_that_the_kernel_refuses_undoes_all() -> None:
 def test_a_lock_that_somebody_holds_is_waited_for_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tap, "_LOCK_SECONDS", 0.0)
     with Tap.make(LOCK):
-        assert refused([MADE]).startswith(f"another process has held {LOCK}, the lock of kvmd's networks, for")
+        assert refused([MADE]).startswith(
+            f"networks[0]: another process has held {LOCK}, the lock of kvmd's networks, for"
+        )
     with changing():
         pass
 

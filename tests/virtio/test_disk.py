@@ -6,10 +6,12 @@ import mmap
 import os
 import socket
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -53,6 +55,7 @@ def test_no_disk_at_all(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert "neither a file nor a block device" in refusal(tmp_path / "fifo")
     assert "neither a file nor a block device" in refusal(tmp_path / "fifo", read_only=True)
+    assert "it has no size: name a raw disk image" in refusal("/proc/version", read_only=True)
 
 
 def test_a_name_that_no_file_can_have() -> None:
@@ -117,6 +120,29 @@ def test_who_locks_it_by_flock_is_heeded(image: Path, other: int, refused: bool)
             RawDisk(image, read_only=True).close()
     with RawDisk(image), image.open("rb") as late, pytest.raises(BlockingIOError):
         fcntl.flock(late, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def ofd_lock(file: IO[bytes], kind: int, start: int, size_bytes: int) -> None:
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("@hhqqi0q", kind, os.SEEK_SET, start, size_bytes, 0))
+
+
+@pytest.mark.parametrize("first", [100, 101])
+def test_who_writes_it_in_qemu_is_heeded_by_readers_too(image: Path, first: int) -> None:
+    # As seen of QEMU 10 with if=virtio: a byte for each permission that it has, and for each that others may not have.
+    with image.open("rb") as held:
+        ofd_lock(held, fcntl.F_RDLCK, first, 102 - first)
+        ofd_lock(held, fcntl.F_RDLCK, 201, 1)
+        assert "it is locked: another machine or program uses it" in refusal(image)
+        assert "it is locked: another machine or program writes it" in refusal(image, read_only=True)
+
+
+def test_who_reads_it_in_qemu_or_locks_all_of_it_for_reading_may_go_on(image: Path) -> None:
+    with image.open("rb") as held, image.open("rb") as other:
+        ofd_lock(held, fcntl.F_RDLCK, 100, 1)
+        ofd_lock(held, fcntl.F_RDLCK, 201, 1)
+        ofd_lock(other, fcntl.F_RDLCK, 0, MIB)
+        with RawDisk(image, read_only=True), RawDisk(image, read_only=True):
+            assert "it is locked" in refusal(image)
 
 
 def test_a_file_system_without_flock_has_no_such_locks(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
