@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import structlog
 import trio
+from trio.testing import MockClock
 
 from kvmd.errors import HostError, MachineExists, MachineStateError
 from kvmd.fleet.base import Event, MachineInfo
@@ -28,6 +29,8 @@ from tests.fleet.conftest import FAKE_SPAWNER, Site, parent_of, spec
 from tests.fleet.test_contract import STOPPED, in_short, running, until
 
 SECONDS = 90
+DEADLINE_SECONDS = 10.0
+"""Less than a machine has to answer, so that it is not given up for its silence first."""
 
 
 @pytest.fixture(params=["fake", pytest.param("kvm", marks=pytest.mark.kvm)])
@@ -286,7 +289,8 @@ async def test_a_copy_of_the_lock_s_descriptor_keeps_nobody_out(fake_site: Site)
             os.close(fd)
 
 
-async def test_stopping_everything_has_a_deadline(local_site: Site) -> None:
+async def test_stopping_everything_has_a_deadline(local_site: Site, mock_clock: MockClock) -> None:
+    mock_clock.rate = 1
     async with opened(local_site) as fleet:
         for name in ("running", "stopped-by-signal", "created"):
             await fleet.create(spec(name), owner_uid=0)
@@ -294,7 +298,11 @@ async def test_stopping_everything_has_a_deadline(local_site: Site) -> None:
         await fleet.start("stopped-by-signal")
         silent = pid_of(fleet.machine("stopped-by-signal"))
         os.kill(silent, signal.SIGSTOP)
-        await fleet.stop_all(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.stop_all, DEADLINE_SECONDS)
+            await fleet.wait("running", STOPPED)
+            # That one was in time, however long it took.
+            mock_clock.jump(DEADLINE_SECONDS)
         reasons = {machine.name: machine.end.reason for machine in fleet.machines() if machine.end}
         assert reasons == {"running": "operator", "stopped-by-signal": "killed", "created": "killed"}
 
