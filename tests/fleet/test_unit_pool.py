@@ -25,7 +25,7 @@ from tests.fleet.fake_units import FakeUnits
 from tests.fleet.test_contract import STOPPED, running
 from tests.fleet.test_processes import last_opened, pid_of
 
-SECONDS = 30
+SECONDS = 90
 
 
 @pytest.fixture
