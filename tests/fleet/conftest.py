@@ -74,6 +74,19 @@ def processes_of(mark: str) -> list[int]:
     return found
 
 
+def open_files_of(pid: int) -> list[str]:
+    """Return what a process's descriptors are of; one that it closes meanwhile is left out.
+
+    Raises:
+        OSError: the process has ended.
+    """
+    found = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return found
+
+
 def parent_of(pid: int) -> int:
     """Return a process's parent: field 4 of proc(5), /proc/pid/stat."""
     return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
