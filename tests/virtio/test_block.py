@@ -304,10 +304,7 @@ async def test_several_requests_are_in_flight_and_others_wait(disk: Disk, gate: 
     assert gate.done == 20
 
 
-async def test_a_reset_waits_for_io_into_memory_and_the_rest_is_dropped(
-    disk: Disk, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device_module, "RESET_SECONDS", WATCHDOG_SECONDS)
+async def test_a_reset_waits_for_io_into_memory_and_the_rest_is_dropped(disk: Disk, gate: Gate) -> None:
     offer_reads(disk, 20)
     await gate.wait(4)
     driver, straight = disk.driver, not disk.memory.accessor.converts
