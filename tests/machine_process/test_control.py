@@ -50,7 +50,7 @@ from kvmd.memory.accessor import PrivateMemory
 from kvmd.spec import MachineSpec
 from tests.fleet.fake_machine import FIRST_FREE, FakeMachine
 
-SECONDS = 30
+SECONDS = 120
 
 
 @asynccontextmanager
