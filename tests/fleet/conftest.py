@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmd.fleet import all_events, asking, recovery
 from kvmd.fleet.base import Fleet
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.spawner_link import SPAWNER
@@ -25,6 +26,9 @@ from tests.gate import Facility, require_whole
 FAKE_SPAWNER = (sys.executable, str(Path(__file__).with_name("fake_spawner.py")))
 MARK = "KVMD_TEST_PROCESSES_OF"
 """An environment variable that all processes of a test inherit, so that those left behind are found."""
+
+PATIENCE_SECONDS = 60.0
+"""How long a machine may take that is given a second or five in earnest."""
 
 GONE_SECONDS = 60.0
 """How long a test's processes may take to end after it; only those that are left behind take so long."""
@@ -90,6 +94,13 @@ def open_files_of(pid: int) -> list[str]:
 def parent_of(pid: int) -> int:
     """Return a process's parent: field 4 of proc(5), /proc/pid/stat."""
     return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
+
+
+@pytest.fixture(autouse=True)
+def _machines_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine answer and end as slowly as a busy machine makes it: it is not given up, nor taken for silent."""
+    for module, name in ((recovery, "ANSWER_SECONDS"), (all_events, "_OPEN_SECONDS"), (asking, "END_SECONDS")):
+        monkeypatch.setattr(module, name, PATIENCE_SECONDS)
 
 
 @pytest.fixture
