@@ -240,9 +240,12 @@ def hold_back(rig: Rig, until_ns: int) -> tuple[threading.Thread, list[bool]]:
 def test_who_is_held_back_goes_on_when_its_time_has_come(rig: Rig) -> None:
     assert rig.gate.hold_back(time.monotonic_ns())
     assert rig.condition.waits == 0
-    until_ns = time.monotonic_ns() + 2_000_000
-    assert rig.gate.hold_back(until_ns)
-    assert time.monotonic_ns() >= until_ns
+    for milliseconds in (2, 20, 200, 2000):  # on a busy machine its time may come before it is held back
+        until_ns = time.monotonic_ns() + milliseconds * 1_000_000
+        assert rig.gate.hold_back(until_ns)
+        assert time.monotonic_ns() >= until_ns
+        if rig.gate.held_back_ns:
+            break
     assert rig.gate.held_back_ns > 0
 
 
