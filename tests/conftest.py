@@ -26,6 +26,15 @@ _MARKED = {
     "network": Facility.NETWORK,
 }
 
+_CLOCKS = {"autojump_clock", "mock_clock"}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Refuse a clock that trio would not be given: pytest-trio passes on those alone that are a test's arguments."""
+    for mark in item.iter_markers("usefixtures"):
+        if _CLOCKS & set(mark.args):
+            raise pytest.UsageError(f"{item.nodeid}: the clock has to be an argument of the test, or it is not used")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _signals_as_on_a_terminal() -> None:

@@ -15,7 +15,7 @@ _IDLE_WORKER = re.compile(r"Trio thread [0-9]+")
 the job's name, and gets this one back before the job's result is delivered (trio/_core/_thread_cache.py): so a worker
 that was abandoned in a job, such as a vCPU stuck in KVM_RUN, is never taken for an idle one."""
 
-GRACE_SECONDS = 1.0
+GRACE_SECONDS = 20.0
 """How long an abandoned worker may take to end its job after the test let it go. Every other thread of a test is
 joined by the test itself, so nothing waits this long but a test that fails."""
 

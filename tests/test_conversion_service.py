@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from kvmd.bell import Bell
 from kvmd.conversion.changes import Failure, FailureKind, Limits
@@ -241,8 +242,9 @@ async def test_a_failing_change_answers_eagain_and_is_tracked_exactly() -> None:
         assert bench.protection.log == [("discard", pages(10), PRIVATE)]
 
 
-@pytest.mark.usefixtures("autojump_clock")
-async def test_a_failed_discard_is_kept_and_tried_again() -> None:
+async def test_a_failed_discard_is_kept_and_tried_again(
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
     async with running(build()) as bench:
         bench.protection.fail_discard.extend([True, True])
         assert bench.rules.leaked_bytes == 0

@@ -294,8 +294,8 @@ def test_a_lab_is_bound_to_one_processor_that_no_other_lab_has(lab: Bench) -> No
 
 def test_a_time_limit_ends_the_lab(lab: Bench) -> None:
     lab.stand_in("vng", "echo started; exec sleep 60")
-    ended = lab.call("run", "true", LAB_TIMEOUT="0.5")
-    assert ended == Ended(124, "started\n", "lab/run: stopped after 0.5 seconds\n")
+    ended = lab.call("run", "true", LAB_TIMEOUT="2.5")
+    assert ended == Ended(124, "started\n", "lab/run: stopped after 2.5 seconds\n")
 
 
 def test_what_stops_the_script_stops_the_lab_and_leaves_nothing(lab: Bench) -> None:

@@ -26,6 +26,8 @@ from kvmd.vcpu_tasks import VcpuTasks
 from tests.fakes import FakeVcpu, RecordingProtection
 
 OPERATOR = Stop.because(StopReason.OPERATOR, "enough")
+MOST_SECONDS = 60.0
+"""How long what must come may take."""
 
 
 class IdleService:
@@ -91,7 +93,7 @@ async def test_a_fatal_exit_of_one_vcpu_stops_the_others() -> None:
 async def test_a_vcpu_that_is_held_back_does_not_enter_pauses_and_stops() -> None:
     rate = RateLimit(1)
     rate.count(1 << 62)  # until the end of time
-    faulted = threading.Event()
+    faulted, spins = threading.Event(), threading.Event()
 
     def fault_once(vcpu: FakeVcpu) -> Exit:
         if vcpu.entries > 1:
@@ -99,16 +101,22 @@ async def test_a_vcpu_that_is_held_back_does_not_enter_pauses_and_stops() -> Non
         faulted.set()
         return MemoryFault(0, PAGE_SIZE, private=False)
 
-    rig = Rig(fault_once, lambda vcpu: vcpu.spin(), rate=rate)
+    def spin(vcpu: FakeVcpu) -> Exit:
+        spins.set()
+        return vcpu.spin()
+
+    rig = Rig(fault_once, spin, rate=rate)
     async with trio.open_nursery() as nursery:
 
         async def command() -> None:
             await trio.to_thread.run_sync(faulted.wait)
+            await trio.to_thread.run_sync(spins.wait)
             await rig.pause()
+            spins.clear()
             rig.gate.resume()
+            assert await trio.to_thread.run_sync(spins.wait, MOST_SECONDS), "the others go on"
             await rig.pause()
             assert rig.vcpus[0].entries == 1
-            assert rig.vcpus[1].entries >= 1, "the others go on"
             rig.tasks.stop(OPERATOR)
 
         nursery.start_soon(command)

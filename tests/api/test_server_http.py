@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.lowlevel
 import trio.testing
+from trio.testing import MockClock
 
 from kvmd.api.server.asgi import PEER, UPGRADE, Receive, Scope, Send
 from kvmd.api.server.limits import Limits
@@ -249,27 +250,52 @@ async def test_a_bug_in_the_middle_of_a_response_cuts_it(serving: Serving) -> No
     assert got.endswith(b"6\r\nso far\r\n")
 
 
-# -- slow clients ------------------------------------------------------------------------------------------------------
+# -- slow clients: the clock is trio's, and goes on only when there is nothing to do -----------------------------------
 
 
 @pytest.mark.parametrize(
-    ("data", "status"),
+    ("limits", "data", "status"),
     [
-        (b"GET / HTTP/1.1\r\n", b"408"),
-        (b"POST / HTTP/1.1\r\nHost: k\r\nContent-Length: 5\r\n\r\n1", b"408"),
-        (b"POST / HTTP/1.1\r\nHost: k\r\nTransfer-Encoding: chunked\r\n\r\n", b"408"),
-        (b"", b""),
+        (Limits(header_seconds=SOON_SECONDS), b"GET / HTTP/1.1\r\n", b"408"),
+        (Limits(body_seconds=SOON_SECONDS), b"POST / HTTP/1.1\r\nHost: k\r\nContent-Length: 5\r\n\r\n1", b"408"),
+        (
+            Limits(body_seconds=SOON_SECONDS),
+            b"POST / HTTP/1.1\r\nHost: k\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"408",
+        ),
+        (Limits(header_seconds=SOON_SECONDS), b"", b""),
     ],
 )
-async def test_slow_requests_are_ended(app: Recorder, tmp_path: Path, data: bytes, status: bytes) -> None:
-    limits = Limits(header_seconds=SOON_SECONDS, body_seconds=SOON_SECONDS, idle_seconds=SOON_SECONDS)
+async def test_slow_requests_are_ended(
+    app: Recorder,
+    tmp_path: Path,
+    limits: Limits,
+    data: bytes,
+    status: bytes,
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
     async with serving_app(app, tmp_path / "s", limits) as serving:
         got = await raw(serving, data)
     assert got[9:12] == status
     assert app.scopes == []
 
 
-async def test_a_byte_now_and_then_does_not_move_the_deadline(app: Recorder, tmp_path: Path) -> None:
+async def test_a_connection_between_two_requests_is_ended_too(
+    app: Recorder,
+    tmp_path: Path,
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
+    async with serving_app(app, tmp_path / "s", Limits(idle_seconds=SOON_SECONDS)) as serving, serving.connect() as one:
+        assert (await one.get("/")).status == 200
+        with trio.fail_after(10):
+            assert await one.ended()
+
+
+async def test_a_byte_now_and_then_does_not_move_the_deadline(
+    app: Recorder,
+    tmp_path: Path,
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
     limits = Limits(header_seconds=0.2)
     with trio.fail_after(10):
         async with serving_app(app, tmp_path / "s", limits) as serving, serving.connect() as client:
@@ -279,7 +305,10 @@ async def test_a_byte_now_and_then_does_not_move_the_deadline(app: Recorder, tmp
                     await trio.sleep(0.01)
 
 
-async def test_a_response_that_nobody_reads_is_given_up(tmp_path: Path) -> None:
+async def test_a_response_that_nobody_reads_is_given_up(
+    tmp_path: Path,
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         await respond(send, b"x" * (8 << 20))
 
@@ -297,7 +326,7 @@ async def test_a_response_that_nobody_reads_is_given_up(tmp_path: Path) -> None:
 
 
 async def test_who_is_too_many_is_told_so(app: Recorder, tmp_path: Path) -> None:
-    limits = Limits(connections=2, linger_seconds=0.2)
+    limits = Limits(connections=2)
     async with serving_app(app, tmp_path / "s", limits) as serving:
         async with serving.connect() as one, serving.connect() as two:
             assert (await one.get("/")).status == (await two.get("/")).status == 200

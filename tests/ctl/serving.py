@@ -23,7 +23,7 @@ from tests.fleet.fakes import FakeFleet, FakeGuest
 
 T = TypeVar("T")
 
-SECONDS = 20.0
+SECONDS = 60.0
 """How long a test waits for what should come at once, before it fails."""
 
 

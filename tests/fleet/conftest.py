@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from kvmd.fleet import all_events, asking, recovery
 from kvmd.fleet.base import Fleet, MachineInfo
 from kvmd.fleet.local import LocalFleet, open_fleet
 from kvmd.fleet.spawner_link import SPAWNER
@@ -27,7 +28,11 @@ FAKE_SPAWNER = (sys.executable, str(Path(__file__).with_name("fake_spawner.py"))
 MARK = "KVMD_TEST_PROCESSES_OF"
 """An environment variable that all processes of a test inherit, so that those left behind are found."""
 
-GONE_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
+"""How long a machine may take that is given a second or five in earnest."""
+
+GONE_SECONDS = 60.0
+"""How long a test's processes may take to end after it; only those that are left behind take so long."""
 
 SECONDS = 90
 """More than anything takes that is waited for."""
@@ -107,9 +112,29 @@ def processes_of(mark: str) -> list[int]:
     return found
 
 
+def open_files_of(pid: int) -> list[str]:
+    """Return what a process's descriptors are of; one that it closes meanwhile is left out.
+
+    Raises:
+        OSError: the process has ended.
+    """
+    found = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return found
+
+
 def parent_of(pid: int) -> int:
     """Return a process's parent: field 4 of proc(5), /proc/pid/stat."""
     return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
+
+
+@pytest.fixture(autouse=True)
+def _machines_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine answer and end as slowly as a busy machine makes it: it is not given up, nor taken for silent."""
+    for module, name in ((recovery, "ANSWER_SECONDS"), (all_events, "_OPEN_SECONDS"), (asking, "END_SECONDS")):
+        monkeypatch.setattr(module, name, PATIENCE_SECONDS)
 
 
 @pytest.fixture
@@ -122,10 +147,12 @@ def _no_process_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     while (left := processes_of(mark)) and time.monotonic() < deadline:
         time.sleep(0.02)
     if left:
-        names = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in left]
+        found = {}
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        pytest.fail(f"left behind: {dict(zip(left, names, strict=True))}", pytrace=False)
+            with suppress(OSError):  # it ended just now, too late all the same
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                os.kill(pid, signal.SIGKILL)
+        pytest.fail(f"left behind: {found or left}", pytrace=False)
 
 
 @pytest.fixture(params=["memory", "process", pytest.param("kvm", marks=pytest.mark.kvm)])

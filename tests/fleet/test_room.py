@@ -8,9 +8,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
-import pytest
 import trio
-import trio.testing
+from trio.testing import MockClock
 
 from kvmd.fleet.asking import ask
 from kvmd.fleet.base import MachineInfo
@@ -93,8 +92,10 @@ async def test_a_question_waits_for_room(tmp_path: Path) -> None:
         assert await ask(entry, "look", AskInfo(), Status) == answer
 
 
-@pytest.mark.usefixtures("autojump_clock")
-async def test_events_wait_for_room(tmp_path: Path) -> None:
+async def test_events_wait_for_room(
+    tmp_path: Path,
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
     async with machine(tmp_path, NO_WORD, BUSY, EventBatch(0, 0, [CREATED], [], 1, 0)) as (entry, _):
         events = MachineEvents(entry, None)
         assert not await events.open()
@@ -104,8 +105,10 @@ async def test_events_wait_for_room(tmp_path: Path) -> None:
         await events.aclose()
 
 
-@pytest.mark.usefixtures("autojump_clock")
-async def test_output_waits_for_room(tmp_path: Path) -> None:
+async def test_output_waits_for_room(
+    tmp_path: Path,
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
     async with machine(tmp_path, NO_WORD, BUSY, OutputPiece(0, 0, b"hello")) as (entry, _):
         follower = OutputFollower(entry, "console")
         part = await follower.read()

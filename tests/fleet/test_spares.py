@@ -15,7 +15,19 @@ import trio
 
 from kvmd.machine_process.folder import EXIT, ExitFile, MachineFolder
 from kvmd.machine_process.spare import open_child
-from tests.fleet.conftest import MARK, SECONDS, Site, gone, last_opened, opened, parent_of, pid_of, processes_of, spec
+from tests.fleet.conftest import (
+    MARK,
+    SECONDS,
+    Site,
+    gone,
+    last_opened,
+    open_files_of,
+    opened,
+    parent_of,
+    pid_of,
+    processes_of,
+    spec,
+)
 
 
 async def spare_beside(*machines: int) -> int:
@@ -28,11 +40,6 @@ async def spare_beside(*machines: int) -> int:
                     if pid not in machines and parent_of(pid) == parent:
                         return pid
             await trio.sleep(0.005)
-
-
-def open_files_of(pid: int) -> list[str]:
-    """Return what a process's descriptors are of."""
-    return [str(descriptor.readlink()) for descriptor in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 async def test_the_next_machine_s_process_is_there_before_anybody_asks(fake_site: Site) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import trio
 from structlog.testing import capture_logs
+from trio.testing import MockClock
 
 from kvmd.fleet import stopping
 from kvmd.fleet.local import LocalFleet
@@ -21,6 +22,8 @@ from tests.fleet.test_contract import STOPPED
 from tests.fleet.test_guest_devices import MEMORY, linux
 
 SECONDS = 60.0
+DEADLINE_SECONDS = 10.0
+"""Less than a machine has to answer, so that it is not given up for its silence first."""
 
 
 async def _of_all_kinds(fleet: LocalFleet) -> None:
@@ -46,15 +49,31 @@ _IN_ORDER = {
 }
 
 
-async def test_all_machines_are_stopped_in_order(fake_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "SHUTDOWN_SECONDS", 0.2)
+async def test_all_machines_are_stopped_in_order(
+    fake_site: Site, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
+) -> None:
+    monkeypatch.setattr(stopping, "SHUTDOWN_SECONDS", 1000.0)
+    mock_clock.rate = 1
+
+    def said() -> set[tuple[str, str]]:
+        return {(event["event"], event["machine"]) for event in log if "shut" in event["event"]}
+
     async with fake_site.open_local() as fleet:
         await _of_all_kinds(fleet)
         with capture_logs() as log:
-            await fleet.stop_all(SECONDS)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fleet.stop_all, SECONDS)
+                with trio.fail_after(SECONDS):
+                    for name in _IN_ORDER.keys() - {"stubborn"}:
+                        await fleet.wait(name, STOPPED)
+                    while ("machine-shutting-down", "stubborn") not in said():  # noqa: ASYNC110 - a log wakes nobody
+                        await trio.sleep(0.005)
+                # All but one have come to their end, however long that took: now the time of that one is over.
+                mock_clock.jump(1000.0)
+                with trio.fail_after(SECONDS):
+                    await fleet.wait("stubborn", STOPPED)
         assert _ends(fleet) == _IN_ORDER
-    said = {(event["event"], event["machine"]) for event in log if "shut" in event["event"]}
-    assert said == {
+    assert said() == {
         ("machine-shutting-down", "polite"),
         ("machine-shutting-down", "stubborn"),
         ("machine-not-shut-down", "stubborn"),
@@ -86,7 +105,8 @@ async def test_without_time_nobody_is_asked(fake_site: Site) -> None:
         assert {reason for reason, _ in _ends(fleet).values()} == {"killed"}
 
 
-async def test_stopping_everything_has_a_deadline(local_site: Site) -> None:
+async def test_stopping_everything_has_a_deadline(local_site: Site, mock_clock: MockClock) -> None:
+    mock_clock.rate = 1
     async with opened(local_site) as fleet:
         for name in ("running", "stopped-by-signal", "created"):
             await fleet.create(spec(name), owner_uid=0)
@@ -94,6 +114,10 @@ async def test_stopping_everything_has_a_deadline(local_site: Site) -> None:
         await fleet.start("stopped-by-signal")
         silent = pid_of(fleet.machine("stopped-by-signal"))
         os.kill(silent, signal.SIGSTOP)
-        await fleet.stop_all(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.stop_all, DEADLINE_SECONDS)
+            await fleet.wait("running", STOPPED)
+            # That one was in time, however long it took.
+            mock_clock.jump(DEADLINE_SECONDS)
         reasons = {machine.name: machine.end.reason for machine in fleet.machines() if machine.end}
         assert reasons == {"running": "operator", "stopped-by-signal": "killed", "created": "killed"}

@@ -24,7 +24,7 @@ from tests.fleet.conftest import Site, last_opened, pid_of, spec
 from tests.fleet.fake_units import FakeUnits
 from tests.fleet.test_contract import STOPPED, running
 
-SECONDS = 30
+SECONDS = 90
 
 
 @pytest.fixture

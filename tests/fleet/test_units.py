@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from kvmd.errors import HostError
 from kvmd.fleet.units import SystemdUnits
@@ -108,8 +109,9 @@ async def test_one_that_failed_is_cleared_away(systemctl: Systemctl) -> None:
     assert systemctl.asked == [f"show --property=ActiveState --value {UNIT}", f"reset-failed {UNIT}"]
 
 
-@pytest.mark.usefixtures("autojump_clock")
-async def test_one_that_does_not_end_is_given_up() -> None:
+async def test_one_that_does_not_end_is_given_up(
+    autojump_clock: MockClock,  # noqa: ARG001 - a clock that jumps
+) -> None:
     class Endless(SystemdUnits):
         async def _run(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
             await trio.lowlevel.checkpoint()

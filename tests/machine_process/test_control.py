@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import structlog
 import trio
+from trio.testing import MockClock
 
 from kvmd.errors import MachineStateError
 from kvmd.guests import GUESTS
@@ -49,7 +50,7 @@ from kvmd.memory.accessor import PrivateMemory
 from kvmd.spec.machine import MachineSpec
 from tests.fleet.fake_machine import FIRST_FREE, FakeMachine
 
-SECONDS = 30
+SECONDS = 120
 
 
 @asynccontextmanager
@@ -83,13 +84,14 @@ async def raw(folder: MachineFolder) -> AsyncIterator[trio.SocketStream]:
     ("name", "signals", "seconds", "reason"),
     [
         ("guest", 1, 1000.0, "guest-power-off"),
-        ("stubborn", 1, 0.05, "operator"),
+        ("stubborn", 1, 10.0, "operator"),
         ("stubborn", 2, 1000.0, "operator"),
     ],
 )
 async def test_a_signal_shuts_a_guest_down_that_has_a_power_button(
-    tmp_path: Path, name: str, signals: int, seconds: float, reason: str
+    tmp_path: Path, mock_clock: MockClock, name: str, signals: int, seconds: float, reason: str
 ) -> None:
+    mock_clock.rate = 1
     async with (
         hosted(tmp_path, name=name, linux=True, shutdown_seconds=seconds) as folder,
         await ControlClient.connect(folder) as client,
@@ -104,6 +106,9 @@ async def test_a_signal_shuts_a_guest_down_that_has_a_power_button(
                 answer = await console.receive()
                 assert isinstance(answer, OutputPiece)
                 said += answer.data
+        if seconds < SECONDS:
+            # By now it is known that the guest says no: the time that it has left is over.
+            mock_clock.jump(seconds)
         while await client.receive() is not None:
             pass
     with MachineFolder.open(tmp_path) as folder:

@@ -17,8 +17,8 @@ ETHERNET = struct.Struct(">6s6sH")
 BROADCAST = b"\xff" * 6
 ARP, IPV4, TEST = 0x0806, 0x0800, 0x88B5  # the last: IEEE 802, local experimental
 
-SECONDS = 5.0
-"""How long a frame may take; none takes a millisecond."""
+SECONDS = 60.0
+"""How long a frame may take; none takes a millisecond on a machine that is not busy."""
 
 
 def ip(*arguments: str) -> str:
