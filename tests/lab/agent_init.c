@@ -82,7 +82,12 @@ int main(void)
 	mount("proc", "/proc", "proc", 0, 0);
 	mount("sysfs", "/sys", "sysfs", 0, 0);
 	mount("devtmpfs", "/dev", "devtmpfs", 0, 0);
+	/* The device tells of its port by messages, which may come after we do. */
 	int port = find_port();
+	for (int tries = 0; port < 0 && tries < 600; tries++) {
+		poll(0, 0, 100);
+		port = find_port();
+	}
 	printf("agent: port %s, button %s\n", port < 0 ? "missing" : "there",
 	       access("/sys/bus/acpi/devices/PNP0C0C:00", F_OK) ? "missing" : "there");
 	fflush(stdout);
