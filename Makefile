@@ -50,7 +50,7 @@ lab-linux: $(READY) ## Boot Linux guests there: its own kernel and Debian's
 	$(BIN)/python -m tests.linux_guest.debian
 	$(BIN)/python -m compileall -q kvmd tests
 	for tests in $(LINUX_TESTS); do \
-	  LAB_CPUS=1 LAB_TIMEOUT=900 LAB_TRIES=2 KVMD_TEST_LINUX=required lab/test $$tests || exit; \
+	  LAB_CPUS=1 LAB_TIMEOUT=1200 LAB_TRIES=2 KVMD_TEST_LINUX=required lab/test $$tests || exit; \
 	done
 
 # Python takes most of the time, and on one of the lab's processors less of it.
