@@ -43,6 +43,8 @@ class Kvm(Closing):
     def __init__(self, fd: OwnedFd, vcpu_mmap_size: int) -> None:
         self._fd = fd
         self._vcpu_mmap_size = vcpu_mmap_size
+        # Asked three times for each machine, and it takes a millisecond.
+        self._cpuid: tuple[CpuidEntry, ...] = ()
 
     @classmethod
     def open(cls, path: str = "/dev/kvm") -> Self:
@@ -92,11 +94,16 @@ class Kvm(Closing):
             raise BackendError(f"cannot {error.strerror}", error.errno or 0) from error
 
     def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
-        """Return the CPUID leaves that this host can give to a guest (4.46 KVM_GET_SUPPORTED_CPUID).
+        """Return the CPUID leaves that this host can give to a guest (4.46 KVM_GET_SUPPORTED_CPUID), read once.
 
         Raises:
             BackendError: the ioctl failed.
         """
+        if not self._cpuid:
+            self._cpuid = self._read_cpuid()
+        return self._cpuid
+
+    def _read_cpuid(self) -> tuple[CpuidEntry, ...]:
         capacity = _CPUID_CAPACITY
         while True:
             table = empty_table(capacity)
