@@ -14,8 +14,6 @@ from contextlib import suppress
 from functools import partial
 from typing import NoReturn
 
-import trio
-
 from kvmd.machine_process.process import Inheritance
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT
 
@@ -42,6 +40,7 @@ class Spare:
     Args:
         be: what the child does; it never returns. It is given what waits for the child's inheritance: that returns None
             where no machine is wanted any more.
+        rehearse: what it does before it waits.
 
     Raises:
         OSError: there is no process, or no descriptor, left for it.
@@ -51,14 +50,16 @@ class Spare:
         pidfd: readable when it has ended; belongs to the caller after ``become``.
     """
 
-    def __init__(self, be: Callable[[Callable[[], Inheritance | None]], NoReturn]) -> None:
+    def __init__(
+        self, be: Callable[[Callable[[], Inheritance | None]], NoReturn], rehearse: Callable[[], None]
+    ) -> None:
         self._link, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with its:
                 self.pid = os.fork()
                 if self.pid == 0:
                     self._link.close()
-                    be(partial(_wait, its))
+                    be(partial(_wait, its, rehearse))
             self.pidfd = open_child(self.pid)
         except OSError:
             self._link.close()
@@ -88,16 +89,11 @@ class Spare:
         os.close(self.pidfd)
 
 
-def _wait(link: socket.socket) -> Inheritance | None:
+def _wait(link: socket.socket, rehearse: Callable[[], None]) -> Inheritance | None:
     """Wait in the child; None where the parent has gone, or wants no machine."""
-    _rehearse()
+    rehearse()
     with link, suppress(OSError):
         data, fds, _, _ = socket.recv_fds(link, len(_GO), DESCRIPTORS_LIMIT)
         if data:
             return Inheritance.received(fds)
     return None
-
-
-def _rehearse() -> None:
-    """Touch what every machine touches first, so that it is copied by now."""
-    trio.run(trio.lowlevel.checkpoint)

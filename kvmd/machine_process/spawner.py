@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import msgspec
@@ -32,7 +33,7 @@ from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, live
 from kvmd.machine_process.spare import Spare, open_child
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Reaped, Spawn, Spawned
-from kvmd.machine_process.warming import warm
+from kvmd.machine_process.warming import rehearse, warm
 from kvmd.stop import ExitStatus
 
 SPARE_AFTER_MS = 100
@@ -122,7 +123,7 @@ class Spawner:
 
     def _make_spare(self, poll: select.poll) -> None:
         try:
-            self._spare = Spare(self._be_child)
+            self._spare = Spare(self._be_child, partial(rehearse, self._open_machine))
         except OSError:
             self._keeps_spare = False
         else:

@@ -20,7 +20,7 @@ from kvmd.errors import HostError
 from kvmd.machine_process.hosted import OpenMachine
 from kvmd.machine_process.process import Inheritance, Unit, live
 from kvmd.machine_process.spawning import DESCRIPTORS_LIMIT, PACKET_LIMIT, Become, Waiting
-from kvmd.machine_process.warming import warm
+from kvmd.machine_process.warming import rehearse, warm
 from kvmd.service_manager import ServiceManager
 
 
@@ -37,6 +37,7 @@ def wait_to_become(path: Path, open_machine: OpenMachine, manager: ServiceManage
         HostError: no daemon listens there.
     """
     warm()
+    rehearse(open_machine)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
         try:
             daemon.connect(str(path))
