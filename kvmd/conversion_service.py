@@ -245,15 +245,17 @@ class ConversionService:
             outcome = self._apply(change)
             alone = change.alone
             if alone is not None and outcome.failure is None:
-                alone.answered_ns = self._answered_ns = _now_ns()
-                alone.answer = DONE
+                self._answered_ns = answered_ns = _now_ns()
+                alone.answered_ns, alone.answer = answered_ns, DONE
                 alone.wake()
+                alone.started_ns, alone.apply_ns = started_ns, answered_ns - started_ns
                 self._discard(change, change.range)
-                self._commit(change, outcome, started_ns, alone.answered_ns)
-                self._rules.finish(change)
-                settled = self._answer()
+                self._rules.made(change, alone)
+                self.sequence = self._rules.sequence
+                # What the machine's end cut off says nothing about conversions.
+                settled: Sequence[Ticket] = (alone,) if self._closed is None else ()
             else:
-                applied = self._commit(change, outcome, started_ns, time.monotonic_ns())
+                applied = self._commit(change, outcome, started_ns, _now_ns())
                 self._rules.finish(change, outcome.failure)
                 settled = self._answer()
                 if applied is not None:
@@ -340,8 +342,6 @@ class ConversionService:
         rules.settled = []
         self._answered_ns = answered_ns = _now_ns()
         for ticket in settled:
-            if ticket.answered_ns:
-                continue  # at once: see _make
             ticket.answered_ns = answered_ns
             answer = ticket.answer
             if answer is not None:

@@ -8,6 +8,7 @@ The caller (``kvmd.conversion_service``, or a test that plays a script) turns th
         rules.commit(change, end)             # what was applied is the state now
         rules.finish(change, failure)         # decides who is answered
         ...                                   # discard the side left behind, or rules.leak(side, range)
+        # or, where change.alone was answered at once: rules.made(change, change.alone)
     settled, rules.settled = rules.settled, []  # after each call above: tickets with their answers
 
 At most one change is being made at any time; that is what serialises the machine's vCPUs. A large request is
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from kvmd.conversion import refusals
 from kvmd.conversion.changes import Change, Failure, ImplicitPolicy, Limits, Ticket
@@ -31,6 +33,12 @@ from kvmd.units import PAGE_MASK
 
 SHORT_TURNS = 8
 """Requests that fit in one chunk and may go before the next chunk of a longer one."""
+
+_FEW = 8
+"""With more pending requests it is less work to look at all of them once."""
+
+_CUT_MOST = 2
+"""Segments that page state has more after a change of one range: its two edges."""
 
 
 @dataclass(slots=True)
@@ -67,6 +75,8 @@ class ConversionRules:
         self._memory_end = state.range.end
         self._limits = limits
         self._chunk_bytes = limits.chunk_bytes
+        # Segments with which there is room for one request and no other: asked for each.
+        self._roomy = limits.segments - _CUT_MOST
         self._asks_policy = limits.implicit is not ImplicitPolicy.ALLOW
         self._pending: deque[Ticket] = deque()
         self._short: deque[_Work] = deque()
@@ -124,9 +134,9 @@ class ConversionRules:
         if self._current is not None:
             raise RuntimeError("the change before this one was not finished")
         pending = self._pending
-        if len(pending) == 1 and not self._short and not self._long:
+        while pending and not (self._short or self._long) and self._first_stands_apart():
             change = self._decide_alone(pending.popleft())
-            if change is not None or not (self._short or self._long):
+            if change is not None:
                 return change
         while True:
             # Again after each work that turned out to be done: requests may have waited for its pages.
@@ -154,6 +164,16 @@ class ConversionRules:
             self._last_explicit = self.sequence
         self.state.set(applied, change.to, self.sequence, explicit=change.explicit)
         return applied
+
+    def made(self, change: Change, ticket: Ticket) -> None:
+        """Record a change that was made whole for one fault, which has its answer: ``commit`` and ``finish`` in one.
+
+        Nothing of it is left in ``settled``.
+        """
+        self._current = None
+        self.sequence = sequence = self.sequence + 1
+        self.state.set(change.range, change.to, sequence, explicit=False)
+        self._progress.converted(ticket.request, sequence)
 
     def finish(self, change: Change, failure: Failure | None = None) -> None:
         """Take the outcome of the change: who is answered now, and what is done next.
@@ -198,8 +218,24 @@ class ConversionRules:
 
     # -- admission: from pending to work -------------------------------------------------------------------
 
+    def _first_stands_apart(self) -> bool:
+        """Tell whether the first of few pending requests has nothing to do with the others."""
+        pending = self._pending
+        if len(pending) == 1:
+            return True
+        first = pending[0].range
+        if first is None or len(pending) > _FEW:
+            return first is None
+        start, end = first.start, first.end
+        for other in islice(pending, 1, None):
+            range_ = other.range
+            # As GpaRange.touches, without a call.
+            if range_ is not None and range_.start <= end and start <= range_.end:
+                return False
+        return True
+
     def _decide_alone(self, ticket: Ticket) -> Change | None:
-        """Decide on a request that is the only one: the usual case, and nothing can hold it up or be merged with it.
+        """Decide on a request where no other is under way, or has to do with it: the usual case.
 
         Returns the change where it is the whole of what was asked; what is not that simple becomes work.
         """
@@ -263,7 +299,7 @@ class ConversionRules:
             and not self._may_convert_implicitly(ticket, range_)
         ):
             return False
-        if not self._has_room():
+        if (self._short or self._long or len(self.state) > self._roomy) and not self._has_room():
             self._settle(ticket, refusals.failed(request, refusals.STATE_EXHAUSTED))
             return False
         return True
@@ -286,7 +322,7 @@ class ConversionRules:
 
     def _has_room(self) -> bool:
         """Tell whether the state may be cut twice more for each work under way and for a new one."""
-        limit = self._limits.segments - 2 * (len(self._short) + len(self._long) + 1)
+        limit = self._limits.segments - _CUT_MOST * (len(self._short) + len(self._long) + 1)
         if len(self.state) <= limit:
             return True
         self.state.compact()

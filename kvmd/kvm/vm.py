@@ -175,11 +175,11 @@ class Vm(Closing):
         first, second, third, fourth = self._swap
         _SLOT.pack_into(first, 0, dying)
         _REGION.pack_into(
-            second, 0, dying, KVM_MEM_GUEST_MEMFD, tripwire_gpa, size_bytes, inaccessible, 0, memfd.fileno()
+            second, 0, dying, KVM_MEM_GUEST_MEMFD, tripwire_gpa, size_bytes, inaccessible, 0, memfd.number
         )
         _SLOT.pack_into(third, 0, rising)
         _REGION.pack_into(fourth, 0, rising, 0, live_gpa, size_bytes, userspace_addr, 0, 0)
-        fd, request, made = self._fd.fileno(), self._region_request, 0
+        fd, request, made = self._fd.number, self._region_request, 0
         try:
             quick_ioctl(fd, request, first)
             made = 1
@@ -207,7 +207,7 @@ class Vm(Closing):
         """
         _MEMFD.pack_into(self._memfd, 0, size_bytes, flags)
         try:
-            fd = quick_ioctl(self._fd.fileno(), KVM_CREATE_GUEST_MEMFD, self._memfd)
+            fd = quick_ioctl(self._fd.number, KVM_CREATE_GUEST_MEMFD, self._memfd)
         except OSError as error:
             operation = f"create a guest_memfd of {size_bytes:#x} bytes with flags {flags:#x}"
             _fail(operation, "KVM_CAP_GUEST_MEMFD", error)

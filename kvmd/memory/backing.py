@@ -39,7 +39,8 @@ class Backing(HostMemory):
             BackendError: the host refused.
         """
         try:
-            libc.punch_hole(self._fd, range_.start, range_.size_bytes)
+            start = range_.start
+            libc.punch_hole(self._fd, start, range_.end - start)
         except OSError as error:
             raise BackendError(f"discarding {self.name} {range_}: {error}", error.errno or 0) from error
 

@@ -42,6 +42,7 @@ _MAP_NORESERVE = 0x4000
 _FALLOC_FL_KEEP_SIZE = 0x1
 _FALLOC_FL_PUNCH_HOLE = 0x2
 _FALLOC_FL_ZERO_RANGE = 0x10
+_PUNCH = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
 
 
 def _error(operation: str) -> OSError:
@@ -150,7 +151,9 @@ def punch_hole(fd: int, offset: int, size_bytes: int) -> None:
     Raises:
         OSError: as the file system refuses.
     """
-    _allocate(fd, _FALLOC_FL_PUNCH_HOLE, offset, size_bytes, "punching a hole")
+    # Once for each conversion: without another frame, where nothing is wrong.
+    if _fallocate(fd, _PUNCH, offset, size_bytes):
+        _allocate(fd, _FALLOC_FL_PUNCH_HOLE, offset, size_bytes, "punching a hole")
 
 
 def zero_range(fd: int, offset: int, size_bytes: int) -> None:

@@ -118,22 +118,23 @@ class EmulatedProtection(TwoViews, Generic[F]):
 
     def apply(self, range_: GpaRange, to: PageState) -> Applied:
         """Make the view ``to`` of all pages of the range live, in order of address."""
-        done = range_.start
+        done, last = range_.start, range_.end
         try:
-            while done < range_.end:
+            while True:
                 # Looked up each time: a cut may have merged any pieces, to win memslots.
                 piece = self.pieces.at(done)
-                end = min(piece.end, range_.end)
+                end = piece.end if piece.end < last else last  # noqa: FURB136 - min() is a call, for each conversion
                 if piece.live is not to:
                     if piece.start == done and piece.end == end:
                         self._swap(piece, to)
                     else:
                         self._cut(GpaRange(done, end), to)
+                if end == last:
+                    return Applied(last)
                 done = end
         except BackendError as error:
             kind = FailureKind.SLOTS if isinstance(error, SlotsExhausted) else FailureKind.REFUSED
-            return Applied(self._live_until(done, range_.end, to), Failure(kind, str(error)))
-        return Applied(range_.end)
+            return Applied(self._live_until(done, last, to), Failure(kind, str(error)))
 
     def discard(self, range_: GpaRange, side: PageState) -> None:
         """Give the memory behind one side of the range back to the host. Raises BackendError.
@@ -142,7 +143,7 @@ class EmulatedProtection(TwoViews, Generic[F]):
         a guest_memfd, which costs it ten microseconds otherwise.
         """
         self._backings[side].discard(range_)
-        if self._reserve is None and self._keeps_reserve and range_.size_bytes == PAGE_SIZE:
+        if self._reserve is None and self._keeps_reserve and range_.end - range_.start == PAGE_SIZE:
             try:  # noqa: SIM105 - with suppress() costs as much as making it
                 self._reserve = self._vm.create_guest_memfd(PAGE_SIZE, _GUEST_MEMFD_MMAP_INIT_SHARED)
             except BackendError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvmd.conversion.changes import Change, Failure, Limits, Ticket
-from kvmd.conversion.messages import Answer, Cause, ConversionRequest, MmioAccess
+from kvmd.conversion.messages import DONE, Answer, Cause, ConversionRequest, MmioAccess
 from kvmd.conversion.rules import ConversionRules
 from kvmd.memory.page_state import PageStateMap
 from kvmd.ranges import GpaRange, PageState
@@ -76,6 +76,12 @@ class Script:
         """Make a change, or as much of it as ``upto`` says."""
         for range_ in change.discard_first:
             self.rules.discarded(change.to, range_)
+        if change.alone is not None and failure is None and upto is None:
+            # The short way, as the service takes it: it answers, and keeps the ticket itself.
+            change.alone.answer = DONE
+            self.rules.made(change, change.alone)
+            self.rules.settled.append(change.alone)
+            return
         self.rules.commit(change, change.range.end if upto is None else upto)
         self.rules.finish(change, failure)
 

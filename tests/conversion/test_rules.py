@@ -439,3 +439,37 @@ def test_a_large_machine_costs_nothing_until_it_converts() -> None:
     assert len(script.state) == 1
     assert script.ask(request(0, pages(1 << 27), SHARED)).outcome is Outcome.CONVERTED
     assert len(script.state) == 3
+
+
+@pytest.mark.parametrize("others", [[], [20], [20, 30], [20, 21]])
+def test_a_fault_that_has_nothing_to_do_with_the_others_is_a_change_of_its_own_with_its_answer(
+    others: list[int],
+) -> None:
+    script = Script()
+    first = script.submit(request(0, pages(10), SHARED))
+    for vcpu, page in enumerate(others, 1):
+        script.submit(request(vcpu, pages(page), SHARED))
+    change = script.step()
+    assert change is not None
+    assert (change.range, change.tickets, change.alone) == (pages(10), (first,), first)
+    script.make(change)
+    script.run()
+    assert len(script.take_settled()) == 1 + len(others)
+    assert [script.state.state_of(pages(page)) for page in (10, *others)] == [SHARED] * (1 + len(others))
+
+
+def test_a_fault_that_adjoins_a_later_one_waits_to_be_merged_with_it() -> None:
+    script = Script()
+    script.submit(request(0, pages(10), SHARED))
+    script.submit(request(1, pages(20), SHARED))
+    script.submit(request(2, pages(11), SHARED))
+    script.run()
+    assert [(change.range, len(change.tickets)) for change in script.changes] == [(pages(10, 2), 2), (pages(20), 1)]
+
+
+def test_among_many_each_fault_is_answered_once() -> None:
+    script = Script()
+    tickets = [script.submit(request(vcpu, pages(6 + 2 * vcpu), SHARED)) for vcpu in range(24)]
+    script.run()
+    assert script.take_settled() == tickets
+    assert {change.alone for change in script.changes[:16]} == {None}
