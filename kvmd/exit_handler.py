@@ -189,6 +189,7 @@ class ExitHandler:
         gpa, to = self._protection.wanted(fault)
         # By position, which takes half the time; True: what a fault asks for is never malformed.
         request = ConversionRequest(self._index, IMPLICIT, gpa, fault.size, to, self._entered_at, True)  # noqa: FBT003
+        # As _ask, without the call that it is: a fault is what a guest waits for most.
         answer = self._service.request(request, self._bell)
         if self._rate is not None:
             self.due_ns = self._rate.due_ns
