@@ -14,21 +14,23 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from operator import attrgetter
 
 import structlog
 import trio
 
 from kvmd.bell import Bell
 from kvmd.conversion.changes import Change, Failure, FailureKind, Ticket
-from kvmd.conversion.messages import CONVERTED, DONE, Answer, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.messages import DONE, Answer, ConversionRequest, GuestResult, MmioAccess, Outcome
 from kvmd.conversion.rate_limit import RateLimit
-from kvmd.conversion.record import ConversionRecord
+from kvmd.conversion.recording import records_of
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.errors import BackendError
 from kvmd.protection.base import Applied, Protection
 from kvmd.ranges import GpaRange
 from kvmd.request_channel import RequestChannel
+from kvmd.service_place import ServicePlace
 from kvmd.stop import Stop, StopReason
 from kvmd.units import PAGE_SIZE
 
@@ -40,6 +42,7 @@ about as much as converting a page."""
 
 _INLINE_BYTES = INLINE_PAGES * PAGE_SIZE
 _now_ns = time.monotonic_ns
+_vcpu_of = attrgetter("vcpu")
 
 TURN_NS = 4_000_000
 """The longest that the service keeps the event loop to itself while requests keep coming, in nanoseconds.
@@ -65,6 +68,7 @@ class ConversionService:
         memory_lock: held while memory changes hands, and by whoever reads guest memory for the host.
         ring: takes a record of every answer.
         rate: counts every change; None where there is no limit.
+        place: where it runs; by default a place that no vCPU's thread shares.
 
     Attributes:
         sequence: the number of changes so far: read before KVM_RUN, it tells how old a fault is.
@@ -78,6 +82,7 @@ class ConversionService:
         memory_lock: threading.Lock,
         ring: RecordRing,
         rate: RateLimit | None = None,
+        place: ServicePlace | None = None,
     ) -> None:
         self._rules = rules
         self.sequence = rules.sequence
@@ -92,6 +97,7 @@ class ConversionService:
         # A worker thread may add to it while the event loop takes out of it.
         self._unrecorded: deque[Ticket] = deque()
         self._records = 0
+        self._place = place or ServicePlace()
 
     # -- the vCPU threads' side ----------------------------------------------------------------------------
 
@@ -177,7 +183,9 @@ class ConversionService:
                 self._record()
             if self._answered_ns >= turn_ends:
                 self._record()
+                self._place.pause()
                 await trio.lowlevel.checkpoint()
+                self._place.resume()
                 turn_ends = time.monotonic_ns() + TURN_NS
             busy = change is not None and rules.busy
             arrived = channel.take() if busy else linger()
@@ -187,6 +195,7 @@ class ConversionService:
     def _take_last(self) -> list[Ticket]:
         """Leave the channel to its porter; or go on attending to it, with what came just before."""
         self._record()
+        self._place.leave()
         self._channel.leave()
         if arrived := self._channel.take():
             self._channel.attend()
@@ -195,6 +204,7 @@ class ConversionService:
     async def _move_apart(self, change: Change) -> None:
         """Let a worker thread serve, so that the event loop goes on while a large change is made."""
         self._record()
+        self._place.leave()
         self._apart = True
         try:
             await trio.to_thread.run_sync(self._serve_apart, change, trio.lowlevel.current_trio_token())
@@ -366,34 +376,7 @@ class ConversionService:
 
     def _record(self) -> None:
         """Write the records that were put off."""
-        wall_offset_ns = time.time_ns() - _now_ns()
-        sequence, unrecorded = self._records, self._unrecorded
-        records = []
-        while unrecorded:
-            ticket = unrecorded.popleft()
-            request, answer, answered_ns = ticket.request, ticket.answer, ticket.answered_ns
-            if answer is None:
-                continue
-            sequence += 1
-            outcome = answer.outcome
-            # By position, which takes half the time.
-            records.append(
-                ConversionRecord(
-                    sequence,
-                    answered_ns + wall_offset_ns,
-                    answered_ns,
-                    request.vcpu,
-                    request.cause,
-                    request.gpa,
-                    request.size_bytes,
-                    ticket.came_from,
-                    request.to,
-                    outcome,
-                    ticket.merged if outcome is CONVERTED else 0,
-                    (ticket.started_ns or answered_ns) - ticket.arrived_ns,
-                    ticket.apply_ns,
-                    ticket.discard_ns,
-                )
-            )
-        self._records = sequence
+        records = records_of(self._unrecorded, self._records, time.time_ns() - _now_ns())
+        self._records += len(records)
+        self._place.served(map(_vcpu_of, records))
         self._ring.extend(records)

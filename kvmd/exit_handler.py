@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from kvmd.bell import Bell
@@ -35,6 +35,7 @@ from kvmd.hv.vcpu import Registers, Vcpu
 from kvmd.last_words import FatalExit, last_words
 from kvmd.protection.base import Protection
 from kvmd.ranges import GpaRange, PageState
+from kvmd.service_place import ServicePlace
 from kvmd.stop import RESERVED_STATUSES, Stop, StopReason
 from kvmd.units import PAGE_SIZE, page_ceil, page_floor
 
@@ -112,6 +113,7 @@ class VcpuSurroundings:
         switch: notes how the guest ends its machine. Where there is one, a Linux guest's, the payload's own ports mean
             nothing.
         rate: how fast the machine may convert; None where there is no limit.
+        place: the conversion service's, which a vCPU's thread may be taken to.
     """
 
     service: Converter
@@ -121,6 +123,7 @@ class VcpuSurroundings:
     devices: MmioBus | None = None
     switch: EndSwitch | None = None
     rate: RateLimit | None = None
+    place: ServicePlace = field(default_factory=ServicePlace)
 
 
 class ExitHandler:

@@ -41,6 +41,7 @@ from kvmd.memory.accessor import HostAccessor
 from kvmd.payload.elf import parse_elf
 from kvmd.ranges import GpaRange, PageState
 from kvmd.run_gate import RunGate
+from kvmd.service_place import ServicePlace
 from kvmd.spec.machine import MachineSpec
 from kvmd.stop import STOPPED, Stop, StopReason
 from kvmd.units import format_size
@@ -126,10 +127,11 @@ class Machine(Closing):
         )
         rate = None if spec.conversion.rate is None else RateLimit(spec.conversion.rate)
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
+        place = ServicePlace()
         self._service = ConversionService(
-            rules, hardware.protection, memory_lock=hardware.lock, ring=self.records, rate=rate
+            rules, hardware.protection, memory_lock=hardware.lock, ring=self.records, rate=rate, place=place
         )
-        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch, rate)
+        around = VcpuSurroundings(self._service, hardware.protection, self.ports, self.mmio, bus, switch, rate, place)
         self._tasks = VcpuTasks(hardware.vcpus, gate, around, self._on_stopping)
         self.facts: dict[str, object] = {
             "vcpus": spec.vcpus,

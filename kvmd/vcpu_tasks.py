@@ -44,7 +44,7 @@ class VcpuThread:
         vcpu = self._vcpu
         vcpu.prepare_thread()
         try:
-            with Bell() as bell:
+            with Bell() as bell, self._around.place.vcpu(vcpu.index):
                 return self._loop(ExitHandler(vcpu, self._around, bell))
         except BackendError as error:
             return Stop.because(StopReason.BACKEND_FAILED, str(error), vcpu=vcpu.index)

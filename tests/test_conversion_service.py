@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,15 +13,19 @@ import trio
 from trio.testing import MockClock
 
 from kvmd.bell import Bell
+from kvmd.boot_cpu import BOOT_CPU
 from kvmd.conversion.changes import Failure, FailureKind, Limits
 from kvmd.conversion.messages import Answer, Cause, ConversionRequest, GuestResult, MmioAccess, Outcome
+from kvmd.conversion.placement import Placement
 from kvmd.conversion.rate_limit import RateLimit
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
 from kvmd.conversion_service import INLINE_PAGES, LEAK_RETRY_SECONDS, ConversionService
 from kvmd.memory.page_state import PageStateMap
+from kvmd.protection.base import Applied
 from kvmd.ranges import GpaRange, PageState
+from kvmd.service_place import ServicePlace
 from kvmd.stop import Stop, StopReason
 from kvmd.units import PAGE_SIZE
 from tests.asking import ask
@@ -52,13 +57,18 @@ class Bench:
             await trio.lowlevel.checkpoint()
 
 
-def build(limits: Limits | None = None, memory_pages: int = MEMORY_PAGES, rate: RateLimit | None = None) -> Bench:
+def build(
+    limits: Limits | None = None,
+    memory_pages: int = MEMORY_PAGES,
+    rate: RateLimit | None = None,
+    place: ServicePlace | None = None,
+) -> Bench:
     """Build a service that is not running yet."""
     state = PageStateMap(memory_pages * PAGE_SIZE, PRIVATE)
     rules = ConversionRules(state, pinned=pages(0, PINNED_PAGES), limits=limits or Limits())
     protection = RecordingProtection(memory_pages * PAGE_SIZE)
     lock, ring = threading.Lock(), RecordRing()
-    service = ConversionService(rules, protection, memory_lock=lock, ring=ring, rate=rate)
+    service = ConversionService(rules, protection, memory_lock=lock, ring=ring, rate=rate, place=place)
     return Bench(service, protection, state, rules, ring, ConversionStats(ring.reader()), lock)
 
 
@@ -316,6 +326,117 @@ async def test_an_access_that_fails_leaves_no_thread_blocked(monkeypatch: pytest
         0: (StopReason.BUG, 0),
         1: (StopReason.BUG, 1),
     }
+
+
+class ToldPlace(ServicePlace):
+    """A place that writes down what it is told, and is taken whenever it may be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("kvmd.service_place.Placement", AlwaysThere)
+        super().__init__()
+        self.told: list[str] = []
+        self.vcpus: list[int] = []
+
+    def served(self, vcpus: Iterable[int]) -> None:
+        self.vcpus += vcpus
+
+    def pause(self) -> None:
+        self.told.append("pause")
+        super().pause()
+
+    def resume(self) -> None:
+        self.told.append("resume")
+        super().resume()
+
+    def leave(self) -> None:
+        self.told.append("leave")
+        super().leave()
+
+
+class AlwaysThere(Placement):
+    """A decision for the boot CPU."""
+
+    def look(self, now_ns: int) -> None:  # noqa: ARG002 - decided
+        self.on_boot_cpu = True
+
+
+async def ask_in_a_row(bench: Bench, requests: list[ConversionRequest]) -> None:
+    """Hand each in while the one before is being served, so that the service never finds its queue empty."""
+    gates = [threading.Event() for _ in requests]
+    handed_in = threading.Event()
+
+    def vcpu(index: int) -> None:
+        gates[index].wait()
+        ask(bench.service, requests[index])
+
+    def next_one(_: GpaRange) -> None:
+        index = len(bench.protection.threads) + 1
+        if index < len(requests):
+            gates[index].set()
+            while bench.service.requested <= index:
+                handed_in.wait(0.001)
+
+    bench.protection.before_apply = next_one
+    gates[0].set()
+    async with trio.open_nursery() as nursery:
+        for index in range(len(requests)):
+            nursery.start_soon(trio.to_thread.run_sync, vcpu, index)
+
+
+async def test_others_have_the_loop_after_a_turn_and_find_its_thread_where_the_scheduler_likes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvmd.conversion_service.TURN_NS", 0)
+    anywhere = os.sched_getaffinity(0)
+    there = {BOOT_CPU} if BOOT_CPU in anywhere else anywhere
+    place = ToldPlace(monkeypatch)
+    bench = build(place=place)
+    between: list[set[int]] = []
+    during: list[set[int]] = []
+
+    async def other() -> None:
+        while len(bench.protection.threads) < 10:
+            between.append(os.sched_getaffinity(0))
+            await trio.lowlevel.checkpoint()
+
+    async with running(bench), trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        apply = bench.protection.apply
+
+        def watched(range_: GpaRange, to: PageState) -> Applied:
+            during.append(os.sched_getaffinity(0))
+            return apply(range_, to)
+
+        monkeypatch.setattr(bench.protection, "apply", watched)
+        await ask_in_a_row(bench, [request(n % 2, pages(10), SHARED if n % 2 else PRIVATE) for n in range(1, 11)])
+    assert during[0] == anywhere
+    assert during[2:] == [there] * 8
+    assert len(between) > 5
+    assert all(mask == anywhere for mask in between)
+    assert place.told[:4] == ["pause", "resume"] * 2
+    assert place.told[-1] == "leave"
+    assert place.vcpus == [1, 0] * 5
+    assert os.sched_getaffinity(0) == anywhere
+
+
+async def test_a_worker_thread_for_a_large_change_inherits_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmd.conversion_service.TURN_NS", 0)
+    place = ToldPlace(monkeypatch)
+    bench = build(Limits(chunk_bytes=(INLINE_PAGES + 4) * PAGE_SIZE), memory_pages=256, place=place)
+    last_told: list[str] = []
+    apply = bench.protection.apply
+
+    def watched(range_: GpaRange, to: PageState) -> Applied:
+        if range_.size_bytes > PAGE_SIZE:
+            last_told.append(place.told[-1])
+        return apply(range_, to)
+
+    monkeypatch.setattr(bench.protection, "apply", watched)
+    async with running(bench):
+        small = [request(n % 2, pages(10), SHARED if n % 2 else PRIVATE) for n in range(1, 7)]
+        await ask_in_a_row(bench, [*small, request(2, pages(50, 60), SHARED, cause=Cause.EXPLICIT)])
+    assert last_told == ["leave"] * 3
+    assert "resume" in place.told
 
 
 async def test_cancelling_the_service_leaves_no_thread_blocked() -> None:

@@ -1,0 +1,94 @@
+"""Finds out by trial whether conversions go faster from the boot CPU.
+
+A memslot that is deleted waits for a grace period of KVM's SRCU domain, and the kernel completes those of a small
+domain in a work item on the boot CPU (Linux, kernel/rcu/srcutree.c: ``SRCU_SIZE_SMALL``). Whoever waits on another CPU
+has that one woken, and is woken from there, several times a conversion. What it costs depends on the host: nothing
+where attributes take the place of memslots or no CPU idles, half of the conversion in a virtual machine whose boot CPU
+has to be woken. Nothing tells but the clock. So conversions are timed in either place now and then, the more rarely the
+longer the answer stays the same.
+
+A vCPU that converts alone takes turns with the service: neither does anything while the other does. So it is to be
+where the service is. Several are not: what they do in the guest goes on beside the service.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+WINDOW = 32
+"""Requests over which a place is timed, at least."""
+
+GAIN = 0.9
+"""On the boot CPU a request has to take at most this part of what it takes elsewhere."""
+
+ALONE = 0.9
+"""Who makes this part of the requests asks alone."""
+
+SHORTEST_STAY = 4
+"""Windows until the other place is tried again, after a change of place."""
+
+LONGEST_STAY = 256
+"""The same after trials that changed nothing."""
+
+
+class Placement:
+    """Where the thread that makes a machine's conversions should be while these follow one another.
+
+    Attributes:
+        on_boot_cpu: there, and not where the scheduler likes.
+        alone: the index of the vCPU that asks alone, which is to be in the same place; None where several ask.
+    """
+
+    def __init__(self) -> None:
+        self.on_boot_cpu = False
+        self.alone: int | None = None
+        self._asked: Counter[int] = Counter()
+        self._since_ns = 0
+        # What a request took when it was timed last, by ``on_boot_cpu``.
+        self._cost_ns: dict[bool, float] = {}
+        self._trying = False
+        self._stay = 1
+        self._stayed = 0
+
+    def served(self, vcpus: Iterable[int]) -> None:
+        """Count requests that were answered: the index of the vCPU that asked, for each."""
+        self._asked.update(vcpus)
+
+    def break_off(self) -> None:
+        """Time nothing over what comes now: requests that are far apart, or large."""
+        self._since_ns = 0
+
+    def look(self, now_ns: int) -> None:
+        """Decide on the place for the next requests; on the monotonic clock.
+
+        Called now and then while requests follow one another, and never without any before.
+        """
+        answered = self._asked.total()
+        if not self._since_ns:
+            self._begin(now_ns)
+        elif answered >= WINDOW:
+            ((vcpu, asked),) = self._asked.most_common(1)
+            self.alone = vcpu if asked >= ALONE * answered else None
+            self._cost_ns[self.on_boot_cpu] = (now_ns - self._since_ns) / answered
+            self._begin(now_ns)
+            self._decide()
+
+    def _begin(self, now_ns: int) -> None:
+        self._since_ns = now_ns
+        self._asked.clear()
+
+    def _decide(self) -> None:
+        costs_ns = self._cost_ns
+        better_there = costs_ns[True] <= GAIN * costs_ns[False] if len(costs_ns) > 1 else self.on_boot_cpu
+        leaves = better_there != self.on_boot_cpu
+        self._stayed += 1
+        if self._trying or leaves:
+            # Who leaves the place of a trial is back where it was.
+            self._stay = min(2 * self._stay, LONGEST_STAY) if self._trying and leaves else SHORTEST_STAY
+            self._stayed = 0
+            self._trying = False
+            self.on_boot_cpu = better_there
+        elif self._stayed >= self._stay:
+            self._trying = True
+            self.on_boot_cpu = not self.on_boot_cpu
