@@ -1,11 +1,12 @@
 /* floor: run a payload with conversions in C, and say what they cost. See floor.h for how to build it.
  *
- *   floor [--mode thread|service|early] [--vcpus N] [--memory BYTES] [--tripwire guest_memfd|hole]
+ *   floor [--mode thread|service|early|placed] [--vcpus N] [--memory BYTES] [--tripwire guest_memfd|hole]
  *         [--kick cut|always] [--cpl 0|3] [--skip K] [--timeout SECONDS] [--arg N]... GUEST.elf
  *
  * A conversion is made by the faulting thread, or by one service thread for all (`service`). In mode `early` that one
  * answers as soon as the page is there, as kvmd's does: it discards the side left behind, and makes the guest_memfd of
- * the next tripwire, while the guest goes on.
+ * the next tripwire, while the guest goes on; in mode `placed` besides from the boot CPU, where the kernel completes the
+ * grace periods that a deleted memslot waits for, and a single vCPU's thread is there, too.
  *
  * The guest's console goes to standard error; standard output gets one line of JSON:
  *
@@ -109,7 +110,8 @@ static struct options parse_options(int argc, char **argv)
 	while ((option = getopt_long(argc, argv, "", names, NULL)) != -1) {
 		switch (option) {
 		case 'm':
-			options.early = strcmp(optarg, "early") == 0;
+			options.placed = strcmp(optarg, "placed") == 0;
+			options.early = options.placed || strcmp(optarg, "early") == 0;
 			options.service = options.early || choose("mode", optarg, "thread", "service");
 			break;
 		case 'v':
@@ -192,7 +194,8 @@ static int report(const struct machine *machine)
 	if (machine->stopped)
 		status = STATUS_STOPPED;
 	printf("{\"mode\": \"%s\", \"tripwire\": \"%s\", \"kick\": \"%s\", \"vcpus\": %u, \"memory\": %llu, ",
-	       options->early ? "early" : options->service ? "service" : "thread", options->hole ? "hole" : "guest_memfd",
+	       options->placed ? "placed" : options->early ? "early" : options->service ? "service" : "thread",
+	       options->hole ? "hole" : "guest_memfd",
 	       options->kick_always ? "always" : "cut", options->vcpus, (unsigned long long)options->memory_size);
 	printf("\"quirk_disabled\": %s, \"conversions\": %llu, ", machine->quirk_disabled ? "true" : "false",
 	       (unsigned long long)statistics->conversions);

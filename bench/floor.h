@@ -34,6 +34,7 @@ enum view { SHARED = 0, PRIVATE = 1 };
 struct options {
 	bool service;     /* conversions by one thread for all vCPUs, not by the faulting one */
 	bool early;       /* that thread answers first, and then discards and makes the next tripwire's guest_memfd */
+	bool placed;      /* and is on the boot CPU, and the vCPU's thread, too, where there is one alone */
 	bool hole;        /* tripwires are absent slots, not closed guest_memfds */
 	bool kick_always; /* take the other vCPUs out of KVM_RUN for each conversion, not only to cut a block */
 	unsigned vcpus, cpl, timeout_seconds;

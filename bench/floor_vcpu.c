@@ -38,6 +38,16 @@ static struct {
 	.last = &service.first,
 };
 
+/* On the CPU that boots Linux, which is number 0 on x86; where the thread may not be there, it stays where it is. */
+static void go_to_boot_cpu(pthread_t thread)
+{
+	cpu_set_t there;
+
+	CPU_ZERO(&there);
+	CPU_SET(0, &there);
+	pthread_setaffinity_np(thread, sizeof(there), &there);
+}
+
 static void carry_out(struct machine *machine, struct request *request)
 {
 	pthread_mutex_lock(&machine->lock);
@@ -352,6 +362,11 @@ void run_machine(struct machine *machine)
 		starts[i] = (struct start){machine, &machine->vcpus[i]};
 		if (pthread_create(&machine->vcpus[i].thread, NULL, run_vcpu, &starts[i]))
 			die("cannot start a thread");
+	}
+	if (machine->options.placed) {
+		go_to_boot_cpu(server);
+		if (machine->options.vcpus == 1)
+			go_to_boot_cpu(machine->vcpus[0].thread);
 	}
 	pthread_mutex_unlock(&machine->gate);
 	clock_gettime(CLOCK_MONOTONIC, &deadline);

@@ -22,7 +22,7 @@ TARGETS = {1: 1.3, 4: 1.5}
 USUAL = Load(vcpus=1, pages=16, rounds=17)
 _OTHER = Load(vcpus=4, pages=16, rounds=5)
 _TURNS = 40
-_MODES = ("service", "early", "thread")
+_MODES = ("service", "early", "placed", "thread")
 
 
 def measure(options: Options, turns: int | None = None) -> Report:
@@ -58,7 +58,8 @@ def measure_load(load: Load, options: Options, turns: int | None = None) -> Repo
         (
             "`floor` is bench/floor.c, the same guest and the same KVM calls in C: it converts in a `service` thread "
             "that the faulting one wakes and waits for, as kvmd by its design, or in the faulting `thread`; `early`: a "
-            "service that answers in kvmd's order, before it discards and makes the next tripwire's guest_memfd"
+            "service that answers in kvmd's order, before it discards and makes the next tripwire's guest_memfd; "
+            "`placed`: the same from the boot CPU, where one vCPU alone is, too; kvmd goes there where that is faster"
         ),
         (
             "`in KVM`: the part that goes into changing slots and discarding; in kvmd's is also its Python between "

@@ -169,7 +169,8 @@ def run_floor(load: Load, mode: str) -> Run:
     Args:
         load: what the guest does, ``settled``.
         mode: who converts: the faulting ``thread``, a ``service`` thread, or one that answers ``early``, as kvmd's
-            does: before it discards the side left behind and makes the next tripwire's guest_memfd.
+            does: before it discards the side left behind and makes the next tripwire's guest_memfd; or the same
+            ``placed`` on the boot CPU.
 
     Raises:
         CannotMeasure: it cannot be built, or cannot run the guest.

@@ -61,12 +61,13 @@ def test_nothing_stands_beside_kvmd_that_makes_other_calls(monkeypatch: pytest.M
 def test_each_way_of_the_floor_stands_beside_kvmd_and_one_has_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     host_that_chooses(monkeypatch, Choice("emulated", Tripwire.GUEST_MEMFD))
     monkeypatch.setattr(conversions, "run_kvmd", lambda _: a_run(100.0))
-    of = {"service": 80.0, "early": 50.0, "thread": 40.0}
+    of = {"service": 80.0, "early": 50.0, "placed": 25.0, "thread": 40.0}
     monkeypatch.setattr(conversions, "run_floor", lambda _, mode: a_run(of[mode]))
     report = conversions.measure_load(Load(), Options(), turns=2)
-    assert [(row.beside.label, row.median, row.target) for row in report.ratios][:3] == [
+    assert [(row.beside.label, row.median, row.target) for row in report.ratios][:4] == [
         ("floor, service", 1.25, 1.3),
         ("floor, early", 2.0, None),
+        ("floor, placed", 4.0, None),
         ("floor, thread", 2.5, None),
     ]
     assert {"floor_early", "ratio_early", "ratio_thread", "ratio_service", "ratio_in_kvm"} <= report.figures.keys()

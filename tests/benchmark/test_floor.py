@@ -70,7 +70,7 @@ def of_kvmd(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_the_floor_makes_the_calls_that_kvmd_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     kvmd = of_kvmd(monkeypatch)
     assert kvmd["discards"] == _LOAD.conversions
-    assert of_the_floor("early") == kvmd
+    assert of_the_floor("early") == of_the_floor("placed") == kvmd
     # Where nothing is made for the next conversion, the last one makes one guest_memfd less.
     for mode in ("service", "thread"):
         assert of_the_floor(mode) == kvmd | {"guest_memfds": kvmd["guest_memfds"] - 1}
