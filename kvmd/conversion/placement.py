@@ -25,7 +25,7 @@ GAIN = 0.9
 ALONE = 0.9
 """Who makes this part of the requests asks alone."""
 
-SHORTEST_STAY = 4
+SHORTEST_STAY = 8
 """Windows until the other place is tried again, after a change of place."""
 
 LONGEST_STAY = 256
