@@ -55,8 +55,8 @@ def measure(options: Options) -> Report:
         "pages are those of each vCPU, and all have been converted before; the first walk over them is left out",
         "kvmd, and the floor, stand beside themselves with 16 pages or 64 MiB: what grows is slots and intervals",
         (
-            f"the C floor, `{_MODE}` as in `kvmd bench conversions`, never merges memslots, so it ends where they are used "
-            "up: 32764 here, two for each page"
+            f"the C floor, `{_MODE}` as in `kvmd bench conversions`, never merges memslots, so it ends where they are "
+            "used up: 32764 here, two for each page"
         ),
         f"protection {small.protection}, tripwire {small.tripwire}",
     ]
