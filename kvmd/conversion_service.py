@@ -27,6 +27,7 @@ from kvmd.conversion.recording import records_of
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.errors import BackendError
+from kvmd.loop_turn import give_turn
 from kvmd.protection.base import Applied, Protection
 from kvmd.ranges import GpaRange
 from kvmd.request_channel import RequestChannel
@@ -134,6 +135,7 @@ class ConversionService:
                 while True:
                     await self._serve(await self._channel.receive())
         finally:
+            self._place.leave()
             self.close(_ENDED)
 
     def close(self, stop: Stop) -> None:
@@ -184,7 +186,7 @@ class ConversionService:
             if self._answered_ns >= turn_ends:
                 self._record()
                 self._place.pause()
-                await trio.lowlevel.checkpoint()
+                await give_turn()
                 self._place.resume()
                 turn_ends = time.monotonic_ns() + TURN_NS
             busy = change is not None and rules.busy
