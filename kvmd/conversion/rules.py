@@ -139,8 +139,9 @@ class ConversionRules:
             if change is not None:
                 return change
         while True:
-            # Again after each work that turned out to be done: requests may have waited for its pages.
-            if self._pending:
+            # Again after each work that turned out to be done: requests may have waited for its pages. Not before the
+            # short works are done where they are all: with none left, what waits can be decided like lone requests.
+            if self._pending and (self._long or not self._short):
                 self._admit()
             if not self._short and not self._long:
                 return None

@@ -473,3 +473,28 @@ def test_among_many_each_fault_is_answered_once() -> None:
     script.run()
     assert script.take_settled() == tickets
     assert {change.alone for change in script.changes[:16]} == {None}
+
+
+def test_after_requests_that_had_to_do_with_each_other_others_are_decided_like_lone_ones_again() -> None:
+    script = Script()
+    # Side by side and opposite: neither merged nor decided alone.
+    script.submit(request(0, pages(10), SHARED))
+    script.submit(request(1, pages(11), PRIVATE))
+    script.submit(request(2, pages(12), SHARED))
+    first = script.rules.next_change()
+    assert first is not None
+    assert first.alone is None
+    rounds = 0
+    while True:
+        # One comes with each change, as from vCPUs that are woken one by one: there are always some.
+        rounds += 1
+        later = script.submit(request(rounds % 3, pages(20 + 2 * rounds), SHARED))
+        script.rules.commit(first, first.range.end)
+        script.rules.finish(first)
+        change = script.rules.next_change()
+        assert change is not None
+        if change.alone is not None:
+            break
+        first = change
+    assert rounds <= 3
+    assert change.alone is not later
