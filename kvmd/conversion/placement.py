@@ -26,10 +26,16 @@ ALONE = 0.9
 """Who makes this part of the requests asks alone."""
 
 SHORTEST_STAY = 8
-"""Windows until the other place is tried again, after a change of place."""
+"""Windows until the other place is tried again, at least. Each trial that changes nothing doubles their number."""
 
 LONGEST_STAY = 256
-"""The same after trials that changed nothing."""
+"""The same at most."""
+
+TRIAL_SHARE = 32
+"""What a trial took longer than going on would have is made up for in so many times the time, until the next."""
+
+MOST_LONGER = 2
+"""How much longer, in times that going on takes, may count for that: the host may have been busy just then."""
 
 
 class Placement:
@@ -70,7 +76,7 @@ class Placement:
         elif answered >= WINDOW:
             ((vcpu, asked),) = self._asked.most_common(1)
             self.alone = vcpu if asked >= ALONE * answered else None
-            self._cost_ns[self.on_boot_cpu] = (now_ns - self._since_ns) / answered
+            self._cost_ns[self.on_boot_cpu] = max(1.0, (now_ns - self._since_ns) / answered)
             self._begin(now_ns)
             self._decide()
 
@@ -83,12 +89,19 @@ class Placement:
         better_there = costs_ns[True] <= GAIN * costs_ns[False] if len(costs_ns) > 1 else self.on_boot_cpu
         leaves = better_there != self.on_boot_cpu
         self._stayed += 1
-        if self._trying or leaves:
+        if self._trying:
+            longer = min(max(costs_ns.values()) / min(costs_ns.values()) - 1, MOST_LONGER)
             # Who leaves the place of a trial is back where it was.
-            self._stay = min(2 * self._stay, LONGEST_STAY) if self._trying and leaves else SHORTEST_STAY
-            self._stayed = 0
-            self._trying = False
-            self.on_boot_cpu = better_there
+            stay = 2 * self._stay if leaves else SHORTEST_STAY
+            self._stay = min(max(stay, int(longer * TRIAL_SHARE)), LONGEST_STAY)
+        elif leaves:
+            self._stay = SHORTEST_STAY
         elif self._stayed >= self._stay:
             self._trying = True
             self.on_boot_cpu = not self.on_boot_cpu
+            return
+        else:
+            return
+        self.on_boot_cpu = better_there
+        self._trying = False
+        self._stayed = 0

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmd.conversion.placement import ALONE, GAIN, LONGEST_STAY, SHORTEST_STAY, WINDOW, Placement
+from kvmd.conversion.placement import (
+    ALONE,
+    GAIN,
+    LONGEST_STAY,
+    MOST_LONGER,
+    SHORTEST_STAY,
+    TRIAL_SHARE,
+    WINDOW,
+    Placement,
+)
 
 ELSEWHERE_US = 300
 Costs = Callable[[bool], float]
@@ -42,17 +51,37 @@ def there_takes(us: float) -> Costs:
 
 def test_it_goes_there_where_it_is_faster_and_looks_back_ever_more_rarely() -> None:
     storm = Storm()
-    made = storm.windows(200, there_takes(150))
+    made = storm.windows(200, there_takes(ELSEWHERE_US * GAIN - 1))
     stays = [len(stay) for stay in made[1:].split("e")]
     assert made.startswith("eT")
     assert stays[:4] == [1 + SHORTEST_STAY, 2 * SHORTEST_STAY, 4 * SHORTEST_STAY, 8 * SHORTEST_STAY]
+
+
+@pytest.mark.parametrize("us", [ELSEWHERE_US / 2, ELSEWHERE_US / 1.5, ELSEWHERE_US * 2, ELSEWHERE_US * 3])
+def test_trials_cost_little_from_the_start(us: float) -> None:
+    storm = Storm()
+    better = min(us, ELSEWHERE_US)
+    began_ns = storm.now_ns
+    # The first window is elsewhere wherever it is better.
+    storm.windows(2, there_takes(us))
+    began_ns = storm.now_ns
+    storm.windows(300, there_takes(us))
+    assert storm.now_ns - began_ns <= 300 * WINDOW * better * 1000 * (1 + 1 / TRIAL_SHARE)
+
+
+def test_a_window_in_which_the_host_was_busy_decides_nothing_for_long() -> None:
+    storm = Storm()
+    storm.windows(1, there_takes(150))
+    assert storm.windows(1, there_takes(100 * ELSEWHERE_US)) == "T"
+    later = storm.windows(MOST_LONGER * TRIAL_SHARE + 2, there_takes(150))
+    assert later == "e" * MOST_LONGER * TRIAL_SHARE + "TT"
 
 
 def test_it_stays_elsewhere_where_nothing_is_gained_and_tries_ever_more_rarely() -> None:
     storm = Storm()
     made = storm.windows(200, there_takes(ELSEWHERE_US * GAIN + 1))
     assert "TT" not in made
-    assert [len(stay) for stay in made.split("T")][:5] == [1, 2, 4, 8, 16]
+    assert [len(stay) for stay in made.split("T")][:5] == [1, 3, 6, 12, 24]
 
 
 @pytest.mark.parametrize("us", [ELSEWHERE_US / 2, ELSEWHERE_US * 2])
