@@ -50,6 +50,23 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_machines_unit_may_place_its_threads_and_set_no_other_resource() -> None:
+    allowed: set[str] = set()
+    for line in re.findall(r"^SystemCallFilter=(.*)$", (UNITS / "kvmd-machine@.service").read_text(), re.MULTILINE):
+        names = {name for word in line.lstrip("~").split() for name in calls_of(word)}
+        allowed = allowed - names if line.startswith("~") else allowed | names
+    assert allowed & set(calls_of("@resources")) == {"sched_setaffinity"}
+    assert {"sched_getaffinity", "ioctl", "eventfd2"} <= allowed
+
+
+def calls_of(word: str) -> list[str]:
+    """Return the system calls that a word of a filter stands for."""
+    if not word.startswith("@"):
+        return [word]
+    lines = analyze("syscall-filter", word).stdout.splitlines()
+    return [name for line in lines[1:] if (entry := line.strip()) and entry[0] != "#" for name in calls_of(entry)]
+
+
 def test_systemd_has_nothing_to_say_of_the_units(units: list[Path]) -> None:
     assert [unit.name for unit in units] == [
         "kvmd-machine@.service",
