@@ -27,7 +27,7 @@ from kvmd.conversion.recording import records_of
 from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.errors import BackendError
-from kvmd.loop_turn import give_turn
+from kvmd.loop_turn import LoopTurn
 from kvmd.protection.base import Applied, Protection
 from kvmd.ranges import GpaRange
 from kvmd.request_channel import RequestChannel
@@ -49,6 +49,10 @@ TURN_NS = 4_000_000
 """The longest that the service keeps the event loop to itself while requests keep coming, in nanoseconds.
 
 A turn of the loop costs as much as four or five hand-offs."""
+
+FULL_TURN_REQUESTS = 16
+"""Answered requests after which others have the event loop until they have nothing to do, not for one pass. On a host
+that is so busy that a turn is over after one or two, who follows the records would be woken for each."""
 
 UNRECORDED_MOST = 32
 """Answers whose records are written in one go, unless the service gives up the loop before."""
@@ -99,6 +103,8 @@ class ConversionService:
         self._unrecorded: deque[Ticket] = deque()
         self._records = 0
         self._place = place or ServicePlace()
+        self._turn = LoopTurn()
+        self._given_at = 0
 
     # -- the vCPU threads' side ----------------------------------------------------------------------------
 
@@ -132,8 +138,9 @@ class ConversionService:
                 nursery.start_soon(self._channel.carry)
                 nursery.start_soon(self._retry_leaks)
                 task_status.started()
-                while True:
-                    await self._serve(await self._channel.receive())
+                with self._turn.watching():
+                    while True:
+                        await self._serve(await self._channel.receive())
         finally:
             self._place.leave()
             self.close(_ENDED)
@@ -186,13 +193,21 @@ class ConversionService:
             if self._answered_ns >= turn_ends:
                 self._record()
                 self._place.pause()
-                await give_turn()
+                await self._give_turn()
                 self._place.resume()
                 turn_ends = time.monotonic_ns() + TURN_NS
             busy = change is not None and rules.busy
             arrived = channel.take() if busy else linger()
             if not (arrived or busy or (arrived := self._take_last())):
                 return
+
+    async def _give_turn(self) -> None:
+        """Let the event loop's other tasks go on."""
+        if self._records - self._given_at < FULL_TURN_REQUESTS:
+            await trio.lowlevel.checkpoint()
+        else:
+            self._given_at = self._records
+            await self._turn.give()
 
     def _take_last(self) -> list[Ticket]:
         """Leave the channel to its porter; or go on attending to it, with what came just before."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import structlog
 
 from kvmd.boot_cpu import BootCpuStay
 from kvmd.conversion.placement import Placement
+from kvmd.host_load import runnable_tasks
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger("kvmd.service_place")
 
@@ -25,7 +27,7 @@ class ServicePlace:
     """
 
     def __init__(self) -> None:
-        self._placement = Placement()
+        self._placement = Placement(os.cpu_count() or 1)
         self._service = BootCpuStay()
         # The id of a thread that has ended is somebody else's.
         self._lock = threading.Lock()
@@ -55,7 +57,7 @@ class ServicePlace:
         """Take the place for the next requests, which follow those before."""
         placement = self._placement
         before = placement.on_boot_cpu
-        placement.look(time.monotonic_ns())
+        placement.look(time.monotonic_ns(), runnable_tasks())
         if placement.on_boot_cpu != before:
             _log.debug("service-moves", to_boot_cpu=placement.on_boot_cpu, vcpu=placement.alone)
         self._keep(placement.alone if placement.on_boot_cpu and self._service.begin() else None)

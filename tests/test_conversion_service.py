@@ -356,7 +356,7 @@ class ToldPlace(ServicePlace):
 class AlwaysThere(Placement):
     """A decision for the boot CPU."""
 
-    def look(self, now_ns: int) -> None:  # noqa: ARG002 - decided
+    def look(self, now_ns: int, runnable: int) -> None:  # noqa: ARG002 - decided
         self.on_boot_cpu = True
 
 

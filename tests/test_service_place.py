@@ -18,7 +18,7 @@ SERVICE, VCPU, OTHER = 0, 101, 102
 class Decided(Placement):
     """A decision of the test's own."""
 
-    def look(self, now_ns: int) -> None:
+    def look(self, now_ns: int, runnable: int) -> None:
         """Leave it as it is."""
 
 
@@ -32,8 +32,8 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Affinities:
 
 @pytest.fixture
 def decided(monkeypatch: pytest.MonkeyPatch) -> Decided:
-    made = Decided()
-    monkeypatch.setattr("kvmd.service_place.Placement", lambda: made)
+    made = Decided(2)
+    monkeypatch.setattr("kvmd.service_place.Placement", lambda _: made)
     return made
 
 

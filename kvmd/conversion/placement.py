@@ -5,7 +5,8 @@ domain in a work item on the boot CPU (Linux, kernel/rcu/srcutree.c: ``SRCU_SIZE
 has that one woken, and is woken from there, several times a conversion. What it costs depends on the host: nothing
 where attributes take the place of memslots or no CPU idles, half of the conversion in a virtual machine whose boot CPU
 has to be woken. Nothing tells but the clock. So conversions are timed in either place now and then, the more rarely the
-longer the answer stays the same.
+longer the answer stays the same. Where more wants to run than there are CPUs for, none idles, and machines that crowd
+on one keep each other's work items waiting, which none of them can see by its clock: then all stay elsewhere.
 
 A vCPU that converts alone takes turns with the service: neither does anything while the other does. So it is to be
 where the service is. Several are not: what they do in the guest goes on beside the service.
@@ -38,17 +39,28 @@ MOST_LONGER = 2
 """How much longer, in times that going on takes, may count for that: the host may have been busy just then."""
 
 
+CROWD = 2
+"""Runnable tasks for each CPU of the host above which nobody goes to the boot CPU, in the mean over some looks."""
+
+_LOOKS = 16
+
+
 class Placement:
     """Where the thread that makes a machine's conversions should be while these follow one another.
+
+    Args:
+        cpus: of the host.
 
     Attributes:
         on_boot_cpu: there, and not where the scheduler likes.
         alone: the index of the vCPU that asks alone, which is to be in the same place; None where several ask.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: int) -> None:
         self.on_boot_cpu = False
         self.alone: int | None = None
+        self._crowd = CROWD * cpus
+        self._runnable = 0.0
         self._asked: Counter[int] = Counter()
         self._since_ns = 0
         # What a request took when it was timed last, by ``on_boot_cpu``.
@@ -65,13 +77,19 @@ class Placement:
         """Time nothing over what comes now: requests that are far apart, or large."""
         self._since_ns = 0
 
-    def look(self, now_ns: int) -> None:
-        """Decide on the place for the next requests; on the monotonic clock.
+    def look(self, now_ns: int, runnable: int) -> None:
+        """Decide on the place for the next requests. Called now and then while requests follow one another.
 
-        Called now and then while requests follow one another, and never without any before.
+        Args:
+            now_ns: the time, on the monotonic clock.
+            runnable: how many tasks of the host run or could.
         """
         answered = self._asked.total()
-        if not self._since_ns:
+        self._runnable += (runnable - self._runnable) / _LOOKS
+        if self._runnable > self._crowd:
+            self.on_boot_cpu = self._trying = False
+            self.break_off()
+        elif not self._since_ns:
             self._begin(now_ns)
         elif answered >= WINDOW:
             ((vcpu, asked),) = self._asked.most_common(1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvmd.conversion.placement import (
     ALONE,
+    CROWD,
     GAIN,
     LONGEST_STAY,
     MOST_LONGER,
@@ -19,6 +20,7 @@ from kvmd.conversion.placement import (
     Placement,
 )
 
+CPUS = 2
 ELSEWHERE_US = 300
 Costs = Callable[[bool], float]
 """Microseconds of a request, by whether it is made on the boot CPU."""
@@ -28,9 +30,10 @@ class Storm:
     """Requests that follow one another."""
 
     def __init__(self) -> None:
-        self.placement = Placement()
+        self.placement = Placement(CPUS)
         self.now_ns = 1_000_000_000
-        self.placement.look(self.now_ns)
+        self.runnable = CPUS
+        self.placement.look(self.now_ns, self.runnable)
 
     def windows(self, count: int, costs: Costs, vcpus: list[int] | None = None) -> str:
         """Make so many windows of requests, and tell where each was made: there, or elsewhere."""
@@ -40,7 +43,7 @@ class Storm:
             made += "T" if there else "e"
             self.now_ns += int(WINDOW * costs(there) * 1000)
             self.placement.served(vcpus or [0] * WINDOW)
-            self.placement.look(self.now_ns)
+            self.placement.look(self.now_ns, self.runnable)
         return made
 
 
@@ -109,13 +112,29 @@ def test_it_goes_back_at_once_when_elsewhere_gets_worse_than_what_is_known_of_th
     assert storm.windows(4, worse) == "eTTT"
 
 
+def test_nobody_goes_there_while_more_wants_to_run_than_there_are_cpus_for() -> None:
+    storm = Storm()
+    storm.windows(20, there_takes(150))
+    assert storm.placement.on_boot_cpu
+    # A moment says nothing.
+    storm.runnable = 4 * CROWD * CPUS
+    assert storm.windows(1, there_takes(150)) == "T"
+    storm.runnable = CPUS
+    assert storm.windows(1, there_takes(150)) == "T"
+    storm.runnable = CROWD * CPUS + 1
+    storm.windows(100, there_takes(150))
+    assert storm.windows(300, there_takes(150)) == "e" * 300
+    storm.runnable = CPUS
+    assert "TTT" in storm.windows(100, there_takes(150))
+
+
 def test_what_is_broken_off_is_not_timed() -> None:
     storm = Storm()
     for _ in range(20):
         storm.placement.served([0] * (WINDOW - 1))
         storm.placement.break_off()
         storm.now_ns += 1
-        storm.placement.look(storm.now_ns)
+        storm.placement.look(storm.now_ns, CPUS)
     assert not storm.placement.on_boot_cpu
     assert storm.windows(2, there_takes(150)) == "eT"
 
@@ -131,18 +150,18 @@ def test_who_asks_alone_is_told_and_nobody_else() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 10**7), st.integers(0, 3)), max_size=400))
 def test_it_takes_any_times_and_settles_for_the_better_place(steps: list[tuple[int, int, int]]) -> None:
-    placement = Placement()
+    placement = Placement(CPUS)
     now_ns = 1
     for requests, elapsed_ns, vcpu in steps:
         now_ns += elapsed_ns
         placement.served([vcpu] * requests)
         if requests:
-            placement.look(now_ns)
+            placement.look(now_ns, CPUS)
         else:
             placement.break_off()
     storm = Storm()
     storm.placement, storm.now_ns = placement, now_ns
     placement.break_off()
-    placement.look(now_ns)
+    placement.look(now_ns, CPUS)
     storm.windows(4 * LONGEST_STAY, there_takes(150))
     assert storm.windows(2 * LONGEST_STAY, there_takes(150)).count("e") < LONGEST_STAY // 4
