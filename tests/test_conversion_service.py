@@ -22,6 +22,7 @@ from kvmd.conversion.ring import RecordRing
 from kvmd.conversion.rules import ConversionRules
 from kvmd.conversion.stats import ConversionStats
 from kvmd.conversion_service import INLINE_PAGES, LEAK_RETRY_SECONDS, ConversionService
+from kvmd.loop_turn import LoopTurn
 from kvmd.memory.page_state import PageStateMap
 from kvmd.protection.base import Applied
 from kvmd.ranges import GpaRange, PageState
@@ -417,6 +418,25 @@ async def test_others_have_the_loop_after_a_turn_and_find_its_thread_where_the_s
     assert place.told[-1] == "leave"
     assert place.vcpus == [1, 0] * 5
     assert os.sched_getaffinity(0) == anywhere
+
+
+async def test_others_have_the_loop_for_long_after_some_requests_and_for_one_pass_after_a_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvmd.conversion_service.TURN_NS", 0)
+    monkeypatch.setattr("kvmd.conversion_service.FULL_TURN_REQUESTS", 3)
+    bench = build()
+    given: list[int] = []
+    give = LoopTurn.give
+
+    async def counted(turn: LoopTurn) -> None:
+        given.append(bench.ring.appended)
+        await give(turn)
+
+    monkeypatch.setattr(LoopTurn, "give", counted)
+    async with running(bench):
+        await ask_in_a_row(bench, [request(n % 2, pages(10), SHARED if n % 2 else PRIVATE) for n in range(1, 10)])
+    assert given == [3, 6, 9]
 
 
 async def test_a_worker_thread_for_a_large_change_inherits_no_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("run gate", ("kvmd.run_gate",)),
     ("service's place", ("kvmd.service_place",)),
     ("request channel", ("kvmd.request_channel",)),
-    (
-        "wait watch, bell, boot CPU, turn",
-        ("kvmd.wait_watch", "kvmd.bell", "kvmd.boot_cpu", "kvmd.loop_turn", "kvmd.host_load"),
-    ),
+    ("wait watch, bell, turn", ("kvmd.wait_watch", "kvmd.bell", "kvmd.loop_turn")),
+    ("CPUs", ("kvmd.boot_cpu", "kvmd.host_load")),
     ("protection", ("kvmd.protection",)),
     ("spec", ("kvmd.spec", "kvmd.daemon_config")),
     ("guests' networks", ("kvmd.network",)),
