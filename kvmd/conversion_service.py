@@ -73,7 +73,7 @@ class ConversionService:
         memory_lock: held while memory changes hands, and by whoever reads guest memory for the host.
         ring: takes a record of every answer.
         rate: counts every change; None where there is no limit.
-        place: where it runs; by default a place that no vCPU's thread shares.
+        place: where it runs; by default where the scheduler likes.
 
     Attributes:
         sequence: the number of changes so far: read before KVM_RUN, it tells how old a fault is.
@@ -102,7 +102,7 @@ class ConversionService:
         # A worker thread may add to it while the event loop takes out of it.
         self._unrecorded: deque[Ticket] = deque()
         self._records = 0
-        self._place = place or ServicePlace()
+        self._place = place or ServicePlace(moves=False)
         self._turn = LoopTurn()
         self._given_at = 0
 

@@ -113,6 +113,11 @@ class Hardware:
     platform: Platform | None = None
     hole: GpaRange | None = None
 
+    @property
+    def deletes_memslots(self) -> bool:
+        """Tell whether a conversion deletes memslots, and waits for KVM then."""
+        return isinstance(self.protection, EmulatedProtection)
+
 
 def kvm_problem() -> str | None:
     """Return why no machine can be made with this host's KVM, in one line; None where one can."""

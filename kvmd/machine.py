@@ -127,7 +127,7 @@ class Machine(Closing):
         )
         rate = None if spec.conversion.rate is None else RateLimit(spec.conversion.rate)
         rules = ConversionRules(hardware.state, pinned=self.pinned, limits=limits)
-        place = ServicePlace()
+        place = ServicePlace(moves=hardware.deletes_memslots)
         self._service = ConversionService(
             rules, hardware.protection, memory_lock=hardware.lock, ring=self.records, rate=rate, place=place
         )

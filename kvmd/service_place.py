@@ -24,9 +24,13 @@ class ServicePlace:
     """The place of one machine's conversion service.
 
     Everything but ``vcpu`` is for the event loop's thread, which the service runs in.
+
+    Args:
+        moves: there may be a better place: conversions delete memslots. Else everybody stays where the scheduler likes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, moves: bool) -> None:
+        self._moves = moves
         self._placement = Placement(os.cpu_count() or 1)
         self._service = BootCpuStay()
         # The id of a thread that has ended is somebody else's.
@@ -47,7 +51,8 @@ class ServicePlace:
 
     def served(self, vcpus: Iterable[int]) -> None:
         """Count requests that were answered: the index of the vCPU that asked, for each."""
-        self._placement.served(vcpus)
+        if self._moves:
+            self._placement.served(vcpus)
 
     def pause(self) -> None:
         """Let the calling thread go before it may start threads or processes, which would inherit its place."""
@@ -55,6 +60,8 @@ class ServicePlace:
 
     def resume(self) -> None:
         """Take the place for the next requests, which follow those before."""
+        if not self._moves:
+            return
         placement = self._placement
         before = placement.on_boot_cpu
         placement.look(time.monotonic_ns(), runnable_tasks())

@@ -334,7 +334,7 @@ class ToldPlace(ServicePlace):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kvmd.service_place.Placement", AlwaysThere)
-        super().__init__()
+        super().__init__(moves=True)
         self.told: list[str] = []
         self.vcpus: list[int] = []
 

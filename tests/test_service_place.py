@@ -49,7 +49,7 @@ def there(table: Affinities) -> set[int]:
 
 
 def test_the_vcpu_that_asks_alone_comes_along(table: Affinities, decided: Decided, native_id: list[int]) -> None:
-    place = ServicePlace()
+    place = ServicePlace(moves=True)
     with place.vcpu(7):
         native_id.append(OTHER)
         with place.vcpu(8):
@@ -80,7 +80,7 @@ def test_the_vcpu_that_asks_alone_comes_along(table: Affinities, decided: Decide
 def test_it_goes_back_when_it_is_not_faster_there_any_more(
     table: Affinities, decided: Decided, native_id: list[int]
 ) -> None:
-    place = ServicePlace()
+    place = ServicePlace(moves=True)
     with place.vcpu(7):
         assert native_id == [VCPU]
         decided.on_boot_cpu, decided.alone = True, 7
@@ -94,7 +94,7 @@ def test_it_goes_back_when_it_is_not_faster_there_any_more(
 def test_a_vcpus_thread_that_ends_is_let_go_and_not_touched_again(
     table: Affinities, decided: Decided, native_id: list[int]
 ) -> None:
-    place = ServicePlace()
+    place = ServicePlace(moves=True)
     decided.on_boot_cpu, decided.alone = True, 7
     with place.vcpu(7):
         place.resume()
@@ -110,9 +110,21 @@ def test_a_vcpus_thread_that_ends_is_let_go_and_not_touched_again(
 
 def test_no_vcpu_goes_where_the_service_may_not(table: Affinities, decided: Decided, native_id: list[int]) -> None:
     table.masks[SERVICE] = {1}
-    place = ServicePlace()
+    place = ServicePlace(moves=True)
     decided.on_boot_cpu, decided.alone = True, 7
     with place.vcpu(7):
         assert native_id == [VCPU]
         place.resume()
         assert there(table) == set()
+
+
+def test_nobody_moves_where_there_is_no_better_place(table: Affinities, decided: Decided, native_id: list[int]) -> None:
+    place = ServicePlace(moves=False)
+    decided.on_boot_cpu, decided.alone = True, 7
+    with place.vcpu(7):
+        assert native_id == [VCPU]
+        place.served([7])
+        place.resume()
+        place.pause()
+        place.leave()
+    assert table.calls == []
