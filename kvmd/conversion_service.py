@@ -102,7 +102,7 @@ class ConversionService:
         # A worker thread may add to it while the event loop takes out of it.
         self._unrecorded: deque[Ticket] = deque()
         self._records = 0
-        self._place = place or ServicePlace(moves=False)
+        self._place = place or ServicePlace()
         self._turn = LoopTurn()
         self._given_at = 0
 

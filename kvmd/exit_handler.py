@@ -123,7 +123,7 @@ class VcpuSurroundings:
     devices: MmioBus | None = None
     switch: EndSwitch | None = None
     rate: RateLimit | None = None
-    place: ServicePlace = field(default_factory=lambda: ServicePlace(moves=False))
+    place: ServicePlace = field(default_factory=ServicePlace)
 
 
 class ExitHandler:

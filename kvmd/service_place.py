@@ -29,7 +29,7 @@ class ServicePlace:
         moves: there may be a better place: conversions delete memslots. Else everybody stays where the scheduler likes.
     """
 
-    def __init__(self, *, moves: bool) -> None:
+    def __init__(self, *, moves: bool = False) -> None:
         self._moves = moves
         self._placement = Placement(os.cpu_count() or 1)
         self._service = BootCpuStay()

@@ -38,7 +38,6 @@ TRIAL_SHARE = 32
 MOST_LONGER = 2
 """How much longer, in times that going on takes, may count for that: the host may have been busy just then."""
 
-
 CROWD = 2
 """Runnable tasks for each CPU of the host above which nobody goes to the boot CPU, in the mean over some looks."""
 
