@@ -25,8 +25,10 @@ _PAGES = (1, 16, 256)
 
 _MANY = 4096
 _MANY_QUICK = 512
-_CONVERSIONS = 512
-"""In a run, at least, after its first round."""
+_CONVERSIONS = 4096
+_CONVERSIONS_QUICK = 512
+"""In a run, at least, after its first round. kvmd tries two CPUs when a guest begins to convert. What it takes to find the
+better one is to be no part of the cost among few pages, since among many it is over before the first round is."""
 
 _TURNS = 9
 _MEMORY_TURNS = 20
@@ -36,7 +38,7 @@ _MODE = "placed"
 def measure(options: Options) -> Report:
     """Measure the growth with memory, and then each cell of vCPUs and pages."""
     report = Report("growth", "cost by vCPUs, pages and memory")
-    small = settled(Load(rounds=9))
+    small = settled(Load(rounds=33))
     large = replace(small, memory=4 * GIB)
     has_floor = _has_floor(small, report)
     things: dict[str, Callable[[], float]] = {"kvmd small": partial(_kvmd, small), "kvmd large": partial(_kvmd, large)}
@@ -72,9 +74,10 @@ def pages_of(vcpus: int, options: Options) -> list[int]:
     return sorted(pages | ({_MANY} if options.large else set()))
 
 
-def load_of(vcpus: int, pages: int, like: Load) -> Load:
+def load_of(vcpus: int, pages: int, like: Load, options: Options) -> Load:
     """Return the load of a cell: as many rounds as it needs for its conversions, the rest as ``like`` has it."""
-    return replace(like, vcpus=vcpus, pages=pages, rounds=1 + max(1, _CONVERSIONS // (2 * vcpus * pages)))
+    conversions = _CONVERSIONS_QUICK if options.quick else _CONVERSIONS
+    return replace(like, vcpus=vcpus, pages=pages, rounds=1 + max(1, conversions // (2 * vcpus * pages)))
 
 
 def _has_floor(load: Load, report: Report) -> bool:
@@ -91,7 +94,7 @@ def _has_floor(load: Load, report: Report) -> bool:
 
 def _measure_pages(report: Report, like: Load, vcpus: int, options: Options, *, has_floor: bool) -> None:
     """Measure a row of cells: all of them take turns."""
-    loads = {pages: load_of(vcpus, pages, like) for pages in pages_of(vcpus, options)}
+    loads = {pages: load_of(vcpus, pages, like, options) for pages in pages_of(vcpus, options)}
     few, many = loads[16], loads[max(loads)]
     # Who stands beside itself is measured one right after the other.
     order = [load for load in loads.values() if load not in (few, many)] + [few, many]

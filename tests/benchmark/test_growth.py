@@ -51,3 +51,10 @@ def test_pages_are_one_to_4096_of_all_vcpus_together() -> None:
     assert growth.pages_of(16, Options()) == [1, 16, 256]
     assert growth.pages_of(16, Options(large=True)) == [1, 16, 256, 4096]
     assert growth.pages_of(16, Options(quick=True)) == [1, 16, 32]
+
+
+def test_few_pages_are_converted_as_often_as_it_takes_to_forget_the_start() -> None:
+    for pages in (1, 16, 256):
+        assert growth.load_of(1, pages, Load(), Options()).steady == 4096
+    assert growth.load_of(16, 256, Load(), Options()).steady == 2 * 4096
+    assert growth.load_of(4, 16, Load(), Options(quick=True)).steady == 512
