@@ -27,8 +27,8 @@ _MANY = 4096
 _MANY_QUICK = 512
 _CONVERSIONS = 4096
 _CONVERSIONS_QUICK = 512
-"""In a run, at least, after its first round. kvmd tries two CPUs when a guest begins to convert. What it takes to find the
-better one is to be no part of the cost among few pages, since among many it is over before the first round is."""
+"""In a run, at least, after its first round. kvmd tries two CPUs when a guest begins to convert. What it takes to find
+the better one is to be no part of the cost among few pages, since among many it is over before the first round is."""
 
 _TURNS = 9
 _MEMORY_TURNS = 20
